@@ -1,0 +1,306 @@
+"""The configuration of a run, as data: typed, frozen, free of torch.
+
+Names are megatron-core's wherever it has one. The doc string under a field is what `megarpt show-config --help-fields` prints.
+megatron-core's own knobs are not declared again: they pass through the `mcore` blocks, whose keys are checked against its
+dataclasses before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _whole(value: object) -> object:
+    """Token counts are written as 3e8 by people; anything else that is not an integer stays an error."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Positive = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+NonNegative = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Text = Annotated[str, Field(min_length=1)]
+Device = Literal["auto", "cpu", "cuda"]
+Stream = Literal["ref_nll", "ref_entropy"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, nothing is coerced, instances are immutable."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class RunConfig(Section):
+    """Where a run writes and what makes it repeatable."""
+
+    dir: Text
+    """The run folder: metrics, TensorBoard files, checkpoints, the resolved configuration, exit.json."""
+    seed: NonNegative = 1234
+    """Seeds weight initialization, dropout, data order and random scorers."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""
+
+
+class ModelConfig(Section):
+    """Which network."""
+
+    preset: Text = "tiny"
+    """A name from megarpt/model/presets.py."""
+    vocab_size: Positive | None = None
+    """Rows of the embedding; None takes the tokenizer's size. Must not be smaller than the tokenizer's size."""
+    make_vocab_size_divisible_by: Positive = 128
+    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padded entries carry no probability."""
+    init_from: Text | None = None
+    """Run folder or checkpoint whose weights start this run (weights only; step, optimizer and data start afresh)."""
+    mcore: dict[str, Any] = Field(default_factory=dict)
+    """Fields of megatron-core's TransformerConfig, over the preset's."""
+
+
+class CorpusSource(Section):
+    """One tokenized corpus in a blend."""
+
+    path: Text
+    """Prefix of the `.bin`, `.idx` and `.json` files."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Relative share of samples in the blend."""
+    streams: dict[str, Text] = Field(default_factory=dict)
+    """Per-token sidecars: stream name -> prefix, for example `ref_nll: data/mix_ref_nll`."""
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    tokenizer: Text
+    """A sentencepiece `.model`, a Hugging Face `tokenizer.json`, or `bytes`."""
+    train: list[CorpusSource] = Field(min_length=1)
+    """The training blend."""
+    valid: dict[str, Text] = Field(default_factory=dict)
+    """Held-out corpora: name -> prefix. Each is evaluated on all of its tokens unless evaluation.max_tokens is set."""
+    seq_length: Positive = 1024
+    """Tokens per sample."""
+    separate_documents: bool = True
+    """Documents packed into one sample do not see each other, and positions restart with each."""
+
+
+class BatchConfig(Section):
+    """How many samples make a step."""
+
+    micro_batch_size: Positive = 8
+    """Samples per forward pass and data-parallel rank."""
+    global_batch_size: Positive = 8
+    """Samples per optimizer step over all ranks; a multiple of micro_batch_size times the data-parallel size."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule, counted in tokens."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 3e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 3e-5
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay; WSD is warm-up, stable, decay."""
+    lr_warmup_tokens: NonNegative = 0
+    """Tokens over which the learning rate rises linearly from 0."""
+    lr_decay_tokens: Positive | None = None
+    """Tokens at which min_lr is reached; None means train.train_tokens."""
+    lr_wsd_decay_tokens: NonNegative = 0
+    """WSD only: length of the final decay, ending at lr_decay_tokens."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """WSD only: shape of the final decay."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    """Decoupled weight decay, not applied to biases and norms."""
+    adam_beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator."""
+    clip_grad: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    mcore: dict[str, Any] = Field(default_factory=dict)
+    """Fields of megatron-core's OptimizerConfig."""
+
+
+class ReferenceConfig(Section):
+    """The reference model of an online selection (no sidecar)."""
+
+    checkpoint: Text
+    """Run folder or checkpoint of the reference model; its tokenizer must be the run's."""
+
+
+class ObjectiveConfig(Section):
+    """What a token is worth."""
+
+    scorer: Literal["none", "excess_loss", "loss", "reference_loss", "reference_entropy", "random"] = "none"
+    """What ranks tokens: student loss minus reference loss (Rho-1), student loss, low reference loss, low reference
+    entropy, or chance. `none` with `uniform` is ordinary language modeling."""
+    weighting: Literal["uniform", "top_fraction"] = "uniform"
+    """`uniform`: every valid token counts 1. `top_fraction`: the best-scored share counts 1, the rest 0."""
+    fraction: Fraction = 1.0
+    """top_fraction only: the share of valid tokens that is kept."""
+    scope: Literal["sequence", "microbatch", "global_batch"] = "global_batch"
+    """top_fraction only: the set within which tokens compete. global_batch is exact; with more than one micro-batch it
+    costs a scoring forward pass."""
+    reference: ReferenceConfig | None = None
+    """Score with this model during training instead of reading the sidecar."""
+
+
+class TrainConfig(Section):
+    """How long, and in what precision."""
+
+    train_tokens: Positive
+    """Tokens fed through the model before the run is done, rounded up to whole steps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights, fp32 main gradients and fp32 losses."""
+    max_skipped_steps: NonNegative = 20
+    """Stop (exit code 76) after this many non-finite steps in a row; each one is skipped on every rank and its batch dumped."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile."""
+    head_chunk_tokens: NonNegative = 0
+    """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
+
+
+class ParallelConfig(Section):
+    """megatron-core's parallel sizes; data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: Positive = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: Positive = 1
+    """Stages of consecutive layers."""
+    context_parallel_size: Positive = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Shard norm and dropout activations along the sequence over the tensor-parallel ranks."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+
+
+class EvaluationConfig(Section):
+    """Held-out loss on all tokens, comparable across selection rates."""
+
+    interval_steps: NonNegative = 0
+    """Evaluate every this many steps, besides before and after training; 0 means only then."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    max_tokens: Positive | None = None
+    """Limit per corpus; None is all of it."""
+    micro_batch_size: Positive | None = None
+    """Samples per evaluation forward pass; None takes batch.micro_batch_size."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and what is kept."""
+
+    interval_steps: NonNegative = 0
+    """Save every this many steps; 0 saves only at the end and on a signal."""
+    keep_last: Positive = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: NonNegative = 0
+    """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in the run folder when there is one."""
+
+
+class LoggingConfig(Section):
+    """What is shown and recorded."""
+
+    interval_steps: Positive = 1
+    """Write a metrics line every this many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard files to `<run.dir>/tensorboard`."""
+    histogram_interval_steps: NonNegative = 100
+    """Histograms and decoded samples in TensorBoard; 0 turns them off."""
+    wandb_project: Text | None = None
+    """Also log to Weights & Biases (extra `wandb`)."""
+
+
+class PretrainConfig(Section):
+    """`megarpt pretrain`."""
+
+    run: RunConfig
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+
+
+class ScoreOptions(Section):
+    """`megarpt score`."""
+
+    reference: Text
+    """Run folder or checkpoint of the reference model."""
+    corpus: Text
+    """Prefix of the corpus to score."""
+    output_prefix: Text | None = None
+    """Prefix of the sidecar; with several streams each gets `<output_prefix>_<stream>`. None means `<corpus>_<stream>`."""
+    streams: tuple[Stream, ...] = Field(default=("ref_nll",), min_length=1)
+    """What is written: `ref_nll` (nats per label), `ref_entropy` (nats, of the reference's next-token distribution)."""
+    seq_length: Positive | None = None
+    """Tokens per window; must be the training run's. None takes the reference run's."""
+    micro_batch_size: Positive = 8
+    """Windows per forward pass."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""
+    separate_documents: bool = True
+    """Documents in one window do not see each other; must be the training run's data.separate_documents."""
+
+    def prefixes(self) -> dict[str, str]:
+        """Where each stream is written: stream name -> file prefix."""
+        if self.output_prefix is not None and len(self.streams) == 1:
+            return {self.streams[0]: self.output_prefix}
+        return {name: f"{self.output_prefix or self.corpus}_{name}" for name in self.streams}
+
+
+class EvaluateOptions(Section):
+    """`megarpt evaluate`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    corpora: dict[str, Text] = Field(default_factory=dict)
+    """Held-out corpora: name -> prefix. Empty takes data.valid of the run."""
+    max_tokens: Positive | None = None
+    """Limit per corpus; None is all of it."""
+    micro_batch_size: Positive | None = None
+    """Windows per forward pass; None takes the run's."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""
+    output: Literal["table", "json"] = "table"
+    """`table` for people, `json` for programs: one object on standard output."""
+
+
+class GenerateOptions(Section):
+    """`megarpt generate`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    prompt: str
+    """The text to continue."""
+    max_new_tokens: Positive = 64
+    """Stop after this many tokens, or earlier at the end of the document."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: NonNegative = 0
+    """Sample among this many most likely tokens; 0 is all."""
+    top_p: Fraction = 1.0
+    """Sample among the most likely tokens that together reach this probability."""
+    seed: NonNegative = 1234
+    """Seeds the sampling."""
+    num_samples: Positive = 1
+    """Continuations to write."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""

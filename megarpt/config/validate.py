@@ -1,0 +1,328 @@
+"""Rules across sections: what each field alone cannot know.
+
+A rule is a small function that returns what is wrong or None. Its message begins with the key to change, so that the loader
+can say where that key was set. All rules run; nothing stops at the first. An option that cannot take effect is a mistake too:
+whoever wrote it expected something from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import get_args
+
+from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, PretrainConfig, Stream
+from megarpt.errors import ConfigError
+
+Rule = Callable[[PretrainConfig], str | None]
+
+STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
+"""Which per-token stream of the reference model a scorer reads."""
+
+OWN_KEY = {
+    "model": {
+        "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
+        "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
+        "context_parallel_size": "parallel.context_parallel_size",
+        "sequence_parallel": "parallel.sequence_parallel",
+        "bf16": "train.precision",
+        "fp16": "train.precision",
+        "params_dtype": "train.precision",
+        "pipeline_dtype": "train.precision",
+        "calculate_per_token_loss": None,
+    },
+    "optimizer": {
+        **{
+            name: f"optimizer.{name}"
+            for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+        },
+        "use_distributed_optimizer": "parallel.distributed_optimizer",
+        "bf16": "train.precision",
+        "fp16": "train.precision",
+        "params_dtype": "train.precision",
+    },
+}
+"""megatron-core fields that megarpt sets itself, and the key that says what to set them to."""
+
+
+def global_batch_is_whole_micro_batches(cfg: PretrainConfig) -> str | None:
+    micro, total = cfg.batch.micro_batch_size, cfg.batch.global_batch_size
+    if total % micro == 0:
+        return None
+    return f"batch.global_batch_size: got {total}, expected a multiple of batch.micro_batch_size ({micro})"
+
+
+def min_lr_is_below_lr(cfg: PretrainConfig) -> str | None:
+    lr, min_lr = cfg.optimizer.lr, cfg.optimizer.min_lr
+    return None if min_lr <= lr else f"optimizer.min_lr: got {min_lr}, expected at most optimizer.lr ({lr})"
+
+
+def warmup_ends_before_decay(cfg: PretrainConfig) -> str | None:
+    warmup, (end, key) = cfg.optimizer.lr_warmup_tokens, _decay_end(cfg)
+    return None if warmup < end else f"optimizer.lr_warmup_tokens: got {warmup}, expected fewer than {key} ({end})"
+
+
+def constant_has_no_decay(cfg: PretrainConfig) -> str | None:
+    if cfg.optimizer.lr_decay_style != "constant" or cfg.optimizer.lr_decay_tokens is None:
+        return None
+    return (
+        f"optimizer.lr_decay_tokens: got {cfg.optimizer.lr_decay_tokens}, which has no effect with "
+        "optimizer.lr_decay_style constant; remove it or choose cosine, linear or WSD"
+    )
+
+
+def wsd_has_a_decay(cfg: PretrainConfig) -> str | None:
+    if cfg.optimizer.lr_decay_style != "WSD" or cfg.optimizer.lr_wsd_decay_tokens > 0:
+        return None
+    return "optimizer.lr_wsd_decay_tokens: got 0, expected more than 0 with optimizer.lr_decay_style WSD"
+
+
+def wsd_fits(cfg: PretrainConfig) -> str | None:
+    optimizer, (end, key) = cfg.optimizer, _decay_end(cfg)
+    room = end - optimizer.lr_warmup_tokens
+    if optimizer.lr_decay_style != "WSD" or optimizer.lr_wsd_decay_tokens <= room or room <= 0:
+        return None
+    return (
+        f"optimizer.lr_wsd_decay_tokens: got {optimizer.lr_wsd_decay_tokens}, expected at most {room} "
+        f"({key} minus optimizer.lr_warmup_tokens)"
+    )
+
+
+def wsd_tokens_need_wsd(cfg: PretrainConfig) -> str | None:
+    return _only_with_wsd(cfg, "lr_wsd_decay_tokens")
+
+
+def wsd_style_needs_wsd(cfg: PretrainConfig) -> str | None:
+    return _only_with_wsd(cfg, "lr_wsd_decay_style")
+
+
+def top_fraction_has_a_scorer(cfg: PretrainConfig) -> str | None:
+    if cfg.objective.weighting != "top_fraction" or cfg.objective.scorer != "none":
+        return None
+    return "objective.scorer: got 'none', expected a scorer that objective.weighting top_fraction can rank by"
+
+
+def scorer_is_used(cfg: PretrainConfig) -> str | None:
+    if cfg.objective.scorer == "none" or cfg.objective.weighting != "uniform":
+        return None
+    return (
+        f"objective.scorer: got {cfg.objective.scorer!r}, which has no effect with objective.weighting uniform; "
+        "set objective.weighting=top_fraction or objective.scorer=none"
+    )
+
+
+def fraction_is_used(cfg: PretrainConfig) -> str | None:
+    return _only_with_top_fraction(cfg, "fraction")
+
+
+def scope_is_used(cfg: PretrainConfig) -> str | None:
+    return _only_with_top_fraction(cfg, "scope")
+
+
+def reference_is_used(cfg: PretrainConfig) -> str | None:
+    if cfg.objective.reference is None or cfg.objective.scorer in STREAM_OF_SCORER:
+        return None
+    return (
+        f"objective.reference: objective.scorer {cfg.objective.scorer} reads nothing from a reference model; "
+        f"remove it or choose one of {', '.join(STREAM_OF_SCORER)}"
+    )
+
+
+def reference_losses_have_one_origin(cfg: PretrainConfig) -> str | None:
+    stream = STREAM_OF_SCORER.get(cfg.objective.scorer)
+    if stream is None:
+        return None
+    without = [index for index, source in enumerate(cfg.data.train) if stream not in source.streams]
+    if cfg.objective.reference is None and without:
+        index = without[0]
+        return (
+            f"data.train.{index}.streams: no {stream}, which objective.scorer {cfg.objective.scorer} reads; "
+            f"write it with `megarpt score` and name it here, or set objective.reference.checkpoint"
+        )
+    if cfg.objective.reference is not None and len(without) < len(cfg.data.train):
+        index = next(index for index in range(len(cfg.data.train)) if index not in without)
+        return (
+            f"data.train.{index}.streams.{stream}: given together with objective.reference, so one of them has no effect; "
+            "keep one"
+        )
+    return None
+
+
+def streams_are_known(cfg: PretrainConfig) -> str | None:
+    known = get_args(Stream)
+    for index, source in enumerate(cfg.data.train):
+        for name in source.streams:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+                return f"data.train.{index}.streams.{name}: unknown stream; {hint}"
+    return None
+
+
+def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
+    for name in cfg.data.valid:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            return (
+                f"data.valid.{name}: got the name {name!r}, expected letters, digits, _ and - only (it becomes a metric's name)"
+            )
+    return None
+
+
+def evaluation_has_corpora(cfg: PretrainConfig) -> str | None:
+    if cfg.data.valid:
+        return None
+    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None)):
+        got = getattr(cfg.evaluation, name)
+        if got != unset:
+            return f"evaluation.{name}: got {got}, but data.valid names no corpus to evaluate"
+    return None
+
+
+def kept_checkpoints_are_saved(cfg: PretrainConfig) -> str | None:
+    keep, interval = cfg.checkpoint.keep_every_steps, cfg.checkpoint.interval_steps
+    if keep == 0 or (interval > 0 and keep % interval == 0):
+        return None
+    expected = f"a multiple of checkpoint.interval_steps ({interval})" if interval else "checkpoint.interval_steps to be set"
+    return f"checkpoint.keep_every_steps: got {keep}, expected {expected}: no other step is saved"
+
+
+def pipeline_parallel_is_supported(cfg: PretrainConfig) -> str | None:
+    return _unsupported("pipeline_model_parallel_size", cfg.parallel.pipeline_model_parallel_size)
+
+
+def context_parallel_is_supported(cfg: PretrainConfig) -> str | None:
+    return _unsupported("context_parallel_size", cfg.parallel.context_parallel_size)
+
+
+def sequence_parallel_has_tensor_parallel(cfg: PretrainConfig) -> str | None:
+    if not cfg.parallel.sequence_parallel or cfg.parallel.tensor_model_parallel_size > 1:
+        return None
+    return "parallel.sequence_parallel: got true, expected parallel.tensor_model_parallel_size greater than 1 with it"
+
+
+def sequence_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
+    tp, tokens = cfg.parallel.tensor_model_parallel_size, cfg.batch.micro_batch_size * cfg.data.seq_length
+    if not cfg.parallel.sequence_parallel or tokens % tp == 0:
+        return None
+    return (
+        f"parallel.sequence_parallel: {tokens} tokens per micro-batch (batch.micro_batch_size x data.seq_length) do not divide "
+        f"over parallel.tensor_model_parallel_size ({tp})"
+    )
+
+
+def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
+    return _declared_twice("model", cfg.model.mcore)
+
+
+def mcore_optimizer_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
+    return _declared_twice("optimizer", cfg.optimizer.mcore)
+
+
+RULES: tuple[Rule, ...] = (
+    global_batch_is_whole_micro_batches,
+    min_lr_is_below_lr,
+    warmup_ends_before_decay,
+    constant_has_no_decay,
+    wsd_has_a_decay,
+    wsd_fits,
+    wsd_tokens_need_wsd,
+    wsd_style_needs_wsd,
+    top_fraction_has_a_scorer,
+    scorer_is_used,
+    fraction_is_used,
+    scope_is_used,
+    reference_is_used,
+    reference_losses_have_one_origin,
+    streams_are_known,
+    held_out_names_are_plain,
+    evaluation_has_corpora,
+    kept_checkpoints_are_saved,
+    pipeline_parallel_is_supported,
+    context_parallel_is_supported,
+    sequence_parallel_has_tensor_parallel,
+    sequence_parallel_divides_the_tokens,
+    mcore_model_keys_are_not_ours,
+    mcore_optimizer_keys_are_not_ours,
+)
+
+
+def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: bool = False) -> list[str]:
+    """Run every rule.
+
+    Args:
+        cfg: the configuration.
+        world_size: number of ranks, when known.
+        partial: `cfg` lacks the values that could not be parsed; a rule that needs one of those has nothing to say.
+    """
+    rules = list(RULES)
+    if world_size is not None:
+        rules.append(lambda each: _batch_fits_the_world(each, world_size))
+    found = []
+    for rule in rules:
+        try:
+            message = rule(cfg)
+        except AttributeError:
+            if not partial:
+                raise
+            continue
+        if message is not None:
+            found.append(message)
+    return found
+
+
+def check(cfg: PretrainConfig, *, world_size: int | None = None) -> None:
+    """Raise one ConfigError with everything `problems` finds; for configurations that were built in Python."""
+    found = problems(cfg, world_size=world_size)
+    if found:
+        raise ConfigError("\n  ".join([f"{len(found)} mistakes in the configuration", *found]))
+
+
+def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
+    tp = cfg.parallel.tensor_model_parallel_size
+    if world_size % tp:
+        return f"parallel.tensor_model_parallel_size: got {tp}, expected a divisor of the number of ranks ({world_size})"
+    dp, micro, total = world_size // tp, cfg.batch.micro_batch_size, cfg.batch.global_batch_size
+    if total % micro or total % (micro * dp) == 0:
+        return None  # the first case has its own rule
+    return (
+        f"batch.global_batch_size: got {total}, expected a multiple of {micro * dp}: batch.micro_batch_size ({micro}) x "
+        f"data-parallel size ({dp} = {world_size} ranks / tensor_model_parallel_size {tp})"
+    )
+
+
+def _decay_end(cfg: PretrainConfig) -> tuple[int, str]:
+    if cfg.optimizer.lr_decay_tokens is not None:
+        return cfg.optimizer.lr_decay_tokens, "optimizer.lr_decay_tokens"
+    return cfg.train.train_tokens, "train.train_tokens"
+
+
+def _only_with_wsd(cfg: PretrainConfig, name: str) -> str | None:
+    got, default = getattr(cfg.optimizer, name), OptimizerConfig.model_fields[name].default
+    if got == default or cfg.optimizer.lr_decay_style == "WSD":
+        return None
+    return f"optimizer.{name}: got {got!r}, which has no effect with optimizer.lr_decay_style {cfg.optimizer.lr_decay_style}"
+
+
+def _only_with_top_fraction(cfg: PretrainConfig, name: str) -> str | None:
+    got, default = getattr(cfg.objective, name), ObjectiveConfig.model_fields[name].default
+    if got == default or cfg.objective.weighting == "top_fraction":
+        return None
+    return (
+        f"objective.{name}: got {got!r}, which has no effect with objective.weighting {cfg.objective.weighting}; "
+        f"set objective.weighting=top_fraction or remove it"
+    )
+
+
+def _unsupported(name: str, size: int) -> str | None:
+    if size == 1:
+        return None
+    return f"parallel.{name}: got {size}, expected 1: this version trains with data and tensor parallelism only"
+
+
+def _declared_twice(section: str, block: dict[str, object]) -> str | None:
+    for name in block:
+        if name in OWN_KEY[section]:
+            own = OWN_KEY[section][name]
+            return f"{section}.mcore.{name}: set by megarpt itself; {f'use {own}' if own else 'remove it'}"
+    return None

@@ -1,0 +1,52 @@
+"""Every error a user can meet. Each message says what, got, expected, where, and what to do.
+
+`exit_code` is what the process returns when the error ends it; the numbers follow sysexits.h where it has one, so that a
+batch script can tell "wait and retry" from "never requeue".
+"""
+
+EXIT_OK = 0
+EXIT_RESUMABLE = 75  # stopped on a signal after a checkpoint: run the same command again
+EXIT_UNSTABLE = 76  # too many non-finite steps in a row; checkpoints are intact
+EXIT_CONFIG = 78  # a mistake in the configuration: running again cannot help
+EXIT_DATA = 79  # corpus, sidecar or checkpoint damaged or mismatched
+EXIT_ENVIRONMENT = 80  # the machine lacks something the job needs
+
+
+class MegarptError(Exception):
+    """Base of all expected errors; the command line prints the message without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(MegarptError):
+    """The configuration, an override or a command-line argument is wrong."""
+
+    exit_code = EXIT_CONFIG
+
+
+class DataError(MegarptError):
+    """A corpus, a sidecar, a tokenizer or an input file is damaged, missing or does not belong."""
+
+    exit_code = EXIT_DATA
+
+
+class CheckpointError(MegarptError):
+    """A checkpoint is damaged, missing or does not fit the model."""
+
+    exit_code = EXIT_DATA
+
+
+class ShapeError(MegarptError):
+    """A tensor handed to an operation has the wrong shape, dtype or layout."""
+
+
+class NumericsError(MegarptError):
+    """Loss or gradients stayed non-finite for longer than the configuration allows."""
+
+    exit_code = EXIT_UNSTABLE
+
+
+class ExtensionError(MegarptError):
+    """A library or compiled extension that was asked for by name cannot be used."""
+
+    exit_code = EXIT_ENVIRONMENT

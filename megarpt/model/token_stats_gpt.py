@@ -1,0 +1,85 @@
+"""megatron-core's GPTModel with a head that returns per-token statistics and never the logits.
+
+Dims: b micro-batch, s sequence, t = b * s packed tokens, h hidden, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megarpt.ops.linear_logprob import linear_logprob
+from megarpt.ops.linear_top1 import VocabShard, linear_top1
+
+
+class HeadMode(enum.Enum):
+    """What the head computes for every label."""
+
+    LOGPROB = enum.auto()
+    LOGPROB_ENTROPY = enum.auto()
+    LOGPROB_TOP1 = enum.auto()  # evaluation only: no gradients
+
+
+class TokenStatsGPT(GPTModel):  # type: ignore[misc]
+    """GPTModel whose `forward(..., labels=...)` gives log-probabilities (and entropies) of the labels.
+
+    Without labels it behaves as megatron-core's own model: logits, KV cache and all.
+    """
+
+    def __init__(self, *args: Any, valid_vocab_size: int, head_chunk_tokens: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.valid_vocab_size = valid_vocab_size
+        self.head_chunk_tokens = head_chunk_tokens
+        self.head_mode = HeadMode.LOGPROB
+
+    def _preprocess(self, *args: Any, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """As megatron-core, with rotary angles gathered by position so that they restart with every document."""
+        out = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
+        packed_as_one_sequence = packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd"
+        if self.position_embedding_type == "rope" and packed_as_one_sequence:
+            angles = out[1][position_ids[0]]  # [max_seqlen, 1, 1, hn] -> [t, 1, 1, hn]
+            out = (out[0], angles, *out[2:])
+        return out
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        """[t, 1, h] -> (logprob [t], entropy [t] or None) when labels are given."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=True, group=tp_group
+            )
+        elif tp_group.size() > 1:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        shard = VocabShard(
+            start=tp_group.rank() * weight.shape[0],
+            size=self.valid_vocab_size,
+            group=tp_group if tp_group.size() > 1 else None,
+        )
+        hidden, targets = hidden_states.flatten(0, 1), labels.flatten()
+        if self.head_mode is HeadMode.LOGPROB_TOP1:
+            return linear_top1(hidden, weight, targets, shard)
+        return linear_logprob(
+            hidden,
+            weight,
+            targets,
+            entropy=self.head_mode is HeadMode.LOGPROB_ENTROPY,
+            chunk_tokens=self.head_chunk_tokens or None,
+            tp_group=shard.group,
+            vocab_start=shard.start,
+            vocab_size=shard.size,
+        )
+
+
+@torch.no_grad()
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of this rank's model, shared ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,74 @@
+"""megatron-core's optimizer and learning-rate schedule, counted in tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megarpt.config.schema import OptimizerConfig, TrainConfig
+from megarpt.errors import ConfigError
+from megarpt.model.build import check_mcore_fields
+from megarpt.parallel.layout import ProcessGroups
+
+_DECLARED = (
+    "lr",
+    "min_lr",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+)
+_DERIVED = {name: f"use optimizer.{name}" for name in _DECLARED} | {
+    "bf16": "use train.precision",
+    "fp16": "use train.precision",
+    "params_dtype": "use train.precision",
+    "use_distributed_optimizer": "sharding optimizer state is not supported in this version",
+}
+
+
+def build_optimizer(
+    cfg: OptimizerConfig, train: TrainConfig, model: DistributedDataParallel, groups: ProcessGroups
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW over the model's parameters, and the schedule that sets its learning rate.
+
+    Units: the schedule's steps are tokens fed through the model, global over all ranks.
+
+    Raises:
+        ConfigError: an unknown or contradictory key in optimizer.mcore.
+    """
+    check_mcore_fields("optimizer.mcore", cfg.mcore, McoreOptimizerConfig, _DERIVED)
+    bf16 = train.precision == "bf16"
+    fields: dict[str, Any] = {name: getattr(cfg, name) for name in _DECLARED}
+    try:
+        config = McoreOptimizerConfig(
+            optimizer="adam", bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32, **fields, **cfg.mcore
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"optimizer.mcore: megatron-core refuses these values: {error}") from error
+    optimizer = get_megatron_optimizer(config, [model], pg_collection=groups.collection, use_gloo_process_groups=False)
+    decay_tokens = cfg.lr_decay_tokens or train.train_tokens
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=cfg.lr,
+        min_lr=cfg.min_lr,
+        lr_warmup_steps=cfg.lr_warmup_tokens,
+        lr_decay_steps=decay_tokens,
+        lr_decay_style=cfg.lr_decay_style,
+        start_wd=cfg.weight_decay,
+        end_wd=cfg.weight_decay,
+        wd_incr_steps=decay_tokens,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=cfg.lr_wsd_decay_tokens if cfg.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=cfg.lr_wsd_decay_style if cfg.lr_decay_style == "WSD" else None,
+    )
+    return optimizer, scheduler
