@@ -54,7 +54,7 @@ def iter_fields(model: type[Section], prefix: str = "") -> Iterator[FieldDoc]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         inner, is_list = nested_section(field)
-        if inner is None or is_list or not field.is_required() and field.default is None:
+        if inner is None or is_list or (not field.is_required() and field.default is None):
             yield FieldDoc(key, type_name(field), _default(field), " ".join((field.description or "").split()))
         if inner is not None:
             yield from iter_fields(inner, f"{key}.N." if is_list else f"{key}.")

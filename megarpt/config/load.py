@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +26,6 @@ from megarpt.config.fields import iter_fields, nested_section, section_at, type_
 from megarpt.config.schema import PretrainConfig, Section
 from megarpt.config.yaml_source import parse_yaml
 from megarpt.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 Key = tuple[str, ...]
 AnySection = TypeVar("AnySection", bound=Section)
@@ -136,9 +133,8 @@ def _override(source: _Source, text: str) -> None:
         last = depth == len(key) - 1
         if isinstance(holder, list):
             if not part.isdecimal() or int(part) >= len(holder):
-                source.problems.append(
-                    f"{place}: {'.'.join(key[:depth])} is a list of {len(holder)}; got index {part!r}, expected 0 to {len(holder) - 1}"
-                )
+                got = f"got index {part!r}, expected 0 to {len(holder) - 1}"
+                source.problems.append(f"{place}: {'.'.join(key[:depth])} is a list of {len(holder)}; {got}")
                 return
             slot: Any = int(part)
         elif isinstance(holder, dict):
@@ -192,13 +188,15 @@ def _explain(model: type[Section], key: Key, detail: ErrorDetails) -> str:
     about = section.model_fields.get(key[-1]) if section else None
     if kind == "extra_forbidden":
         return _unknown(model, key, got)
+    inner, is_list = nested_section(about) if about else (section_at(model, key), False)
+    expected_section = f"expected a section with the keys {', '.join(inner.model_fields)}" if inner else "expected a section"
+    if kind == "missing" and inner is not None and not is_list:
+        return f"missing, {expected_section}"
     if kind == "missing":
         doc = f": {' '.join(about.description.split())}" if about and about.description else ""
         return f"missing, expected {type_name(about) if about else 'a value'}{doc}"
     if kind in ("model_type", "model_attributes_type"):
-        inner = nested_section(about)[0] if about else section_at(model, key)
-        keys = f" with the keys {', '.join(inner.model_fields)}" if inner else ""
-        return f"got {got}, expected a section{keys}"
+        return f"got {got}, {expected_section}"
     if kind == "too_short":
         return f"got {got}, expected at least {detail['ctx']['min_length']} entry"
     if kind == "string_too_short":
@@ -228,7 +226,7 @@ def nearest_key(model: type[Section], key: Key) -> str | None:
     return everywhere[elsewhere[0]] if elsewhere else None
 
 
-def _readable(model: type[AnySection], data: object, bad: set[Key], path: Key = ()) -> AnySection:
+def _readable(model: type[Section], data: object, bad: set[Key], path: Key = ()) -> Any:
     """The configuration without its unusable values: reading one of those raises AttributeError, everything else works."""
     given = data if isinstance(data, Mapping) else {}
     values: dict[str, Any] = {}
@@ -242,7 +240,8 @@ def _readable(model: type[AnySection], data: object, bad: set[Key], path: Key = 
         elif name not in given:
             continue
         elif inner is None or value is None:
-            values[name] = value
+            whole = "integer" in type_name(about) and isinstance(value, float) and value.is_integer()
+            values[name] = int(value) if whole and value is not None else value
         elif not is_list:
             values[name] = _readable(inner, value, bad, here)
         elif any((*here, str(index)) in bad for index in range(len(value))):

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     preset: Text = "tiny"
     """A name from megarpt/model/presets.py."""
     vocab_size: Positive | None = None
-    """Rows of the embedding; None takes the tokenizer's size. Must not be smaller than the tokenizer's size."""
+    """Rows of the embedding; null takes the tokenizer's size. Must not be smaller than the tokenizer's size."""
     make_vocab_size_divisible_by: Positive = 128
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padded entries carry no probability."""
     init_from: Text | None = None
@@ -111,7 +111,7 @@ class OptimizerConfig(Section):
     lr_warmup_tokens: NonNegative = 0
     """Tokens over which the learning rate rises linearly from 0."""
     lr_decay_tokens: Positive | None = None
-    """Tokens at which min_lr is reached; None means train.train_tokens."""
+    """Tokens at which min_lr is reached; null means train.train_tokens."""
     lr_wsd_decay_tokens: NonNegative = 0
     """WSD only: length of the final decay, ending at lr_decay_tokens."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
@@ -192,9 +192,9 @@ class EvaluationConfig(Section):
     at_start: bool = True
     """Evaluate before the first step."""
     max_tokens: Positive | None = None
-    """Limit per corpus; None is all of it."""
+    """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
-    """Samples per evaluation forward pass; None takes batch.micro_batch_size."""
+    """Samples per evaluation forward pass; null takes batch.micro_batch_size."""
 
 
 class CheckpointConfig(Section):
@@ -247,11 +247,11 @@ class ScoreOptions(Section):
     corpus: Text
     """Prefix of the corpus to score."""
     output_prefix: Text | None = None
-    """Prefix of the sidecar; with several streams each gets `<output_prefix>_<stream>`. None means `<corpus>_<stream>`."""
+    """Prefix of the sidecar; with several streams each gets `<output_prefix>_<stream>`. null means `<corpus>_<stream>`."""
     streams: tuple[Stream, ...] = Field(default=("ref_nll",), min_length=1)
     """What is written: `ref_nll` (nats per label), `ref_entropy` (nats, of the reference's next-token distribution)."""
     seq_length: Positive | None = None
-    """Tokens per window; must be the training run's. None takes the reference run's."""
+    """Tokens per window; must be the training run's. null takes the reference run's."""
     micro_batch_size: Positive = 8
     """Windows per forward pass."""
     device: Device = "auto"
@@ -274,9 +274,9 @@ class EvaluateOptions(Section):
     corpora: dict[str, Text] = Field(default_factory=dict)
     """Held-out corpora: name -> prefix. Empty takes data.valid of the run."""
     max_tokens: Positive | None = None
-    """Limit per corpus; None is all of it."""
+    """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
-    """Windows per forward pass; None takes the run's."""
+    """Windows per forward pass; null takes the run's."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
     output: Literal["table", "json"] = "table"

@@ -20,7 +20,7 @@ Rule = Callable[[PretrainConfig], str | None]
 STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
 """Which per-token stream of the reference model a scorer reads."""
 
-OWN_KEY = {
+OWN_KEY: dict[str, dict[str, str | None]] = {
     "model": {
         "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
         "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",

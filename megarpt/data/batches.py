@@ -190,8 +190,8 @@ class TokenBatches:
         if difference is not None:
             where, saved, now = difference
             raise DataError(
-                f"{where}: got {now!r}, expected {saved!r} as in the checkpoint; going on would repeat some text and skip other "
-                "text. Restore the data of the checkpoint, or begin a new run with model.init_from"
+                f"{where}: got {now!r}, expected {saved!r} as in the checkpoint; going on would repeat some text and skip "
+                "other text. Restore the data of the checkpoint, or begin a new run with model.init_from"
             )
         self._forget_ahead()
         self.consumed_samples = int(state["consumed_samples"])

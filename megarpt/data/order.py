@@ -85,7 +85,9 @@ class Blend:
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         self._source = np.empty(0, dtype=np.int16)
-        self._before = np.zeros((1, len(weights)), dtype=np.int64)  # [blocks + 1, sources], samples of each source before a block
+        self._before = np.zeros(
+            (1, len(weights)), dtype=np.int64
+        )  # [blocks + 1, sources], samples of each source before a block
 
     def block(self, number: int) -> tuple[Int64Array, Int64Array]:
         """Source and index within the source of samples [number * 4096, (number + 1) * 4096)."""

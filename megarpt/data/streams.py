@@ -60,9 +60,7 @@ class SidecarStream:
             "make it again with `megarpt score`"
         )
 
-    def read_into(
-        self, first: int, count: int, loss_mask: npt.NDArray[np.bool_], out: npt.NDArray[np.float32]
-    ) -> None:
+    def read_into(self, first: int, count: int, loss_mask: npt.NDArray[np.bool_], out: npt.NDArray[np.float32]) -> None:
         """Fill `out` with the values of the labels at corpus positions [first, first + count).
 
         Positions that do not train have no value in the file (NaN); they are given 0, so that no arithmetic on a whole row
@@ -79,7 +77,7 @@ class SidecarStream:
         if not np.isfinite(out).all():
             bad = int(np.flatnonzero(~np.isfinite(out))[0])
             raise DataError(
-                f"{self.prefix}.bin: stream {self.name!r} has the value {float(out[bad])} at position {first + bad}, expected a "
-                "finite number for every token that trains; the scoring was not finished or its model was broken: make it "
+                f"{self.prefix}.bin: stream {self.name!r} has the value {float(out[bad])} at position {first + bad}, expected "
+                "a finite number for every token that trains; the scoring was not finished or its model was broken: make it "
                 "again with `megarpt score`"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,11 @@ class WindowDataset:
         self.vocab_size = vocab_size
         self.manifest = CorpusManifest.load(prefix)
         verify_corpus(prefix)
+        if self.manifest.num_tokens < 2:  # before the files are mapped: an empty one cannot be
+            raise DataError(
+                f"{prefix}: got {self.manifest.num_tokens} tokens, expected at least 2, one to read and one to predict; "
+                "tokenize more text with tools/preprocess_corpus.py"
+            )
         self.indexed = IndexedDataset(prefix)
         self.dtype = np.dtype(self.indexed.index.dtype)
         if self.dtype.kind not in "iu":
@@ -59,13 +64,8 @@ class WindowDataset:
                 "(a per-token sidecar belongs under `streams`)"
             )
         self.num_tokens = _contiguous_tokens(self.indexed, prefix)
-        if self.num_tokens < 2:
-            raise DataError(
-                f"{prefix}: got {self.num_tokens} tokens, expected at least 2, one to read and one to predict; "
-                "tokenize more text with tools/preprocess_corpus.py"
-            )
         self._starts = _document_starts(self.indexed)  # [documents] int64, byte offsets in the .bin
-        self._search = memoryview(self._starts.view(np.uint8)).cast("q")  # bisects ten times faster than an unaligned array
+        self._search = memoryview(self._starts.view(np.uint8).data).cast("q")  # bisects ten times faster than an unaligned array
         self._id_can_be_invalid = self.dtype.kind == "i" or np.iinfo(self.dtype).max >= vocab_size
         self._streams: dict[str, SidecarStream] = {}
 
@@ -93,6 +93,13 @@ class WindowDataset:
             separate_documents=self.separate_documents,
         )
         self._streams[name] = stream
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the windows hold, as hashes; paths are no part of it."""
+        return {
+            "corpus_sha256": self.manifest.bin_sha256,
+            "streams": {name: stream.manifest.bin_sha256 for name, stream in self._streams.items()},
+        }
 
     def __len__(self) -> int:
         return self.num_windows

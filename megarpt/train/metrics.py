@@ -1,41 +1,38 @@
 """The log of a run. `metrics.jsonl` is the truth; TensorBoard and Weights & Biases are adapters that may be deleted.
 
-Every line is strict JSON: `kind` ("train", "valid" or "sample"), the counters of `Progress`, and tags with numbers. JSON has
-no NaN, so a non-finite number is written as the string "nan", "inf" or "-inf"; `read_metrics` turns it back.
-
-A line reaches the operating system before the call returns, so a killed process loses none. After a resume at step k the
-lines beyond k are cut off, because those steps are done again: each step is in the file once.
+Every line has a `kind` ("train", "valid" or "sample"), the counters of `Progress`, and tags with numbers; `docs/metrics.md`
+lists them. After a resume at step k the lines beyond k are cut off, because those steps are done again: each step is in the
+file once, and `reports.comparable` of the lines is that of a run that was never stopped.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import mmap
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from torch import Tensor
 
-from megarpt.config.schema import LoggingConfig
-from megarpt.errors import DataError
+from megarpt.config.load import dump_resolved
+from megarpt.config.schema import LoggingConfig, PretrainConfig
 from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
-from megarpt.train.atomic import cannot_write, sync_directory
+from megarpt.train.atomic import cannot_write
+from megarpt.train.metrics_file import MetricsFile, rewind_metrics
 from megarpt.train.reports import EvaluationResult, progress_fields, step_scalars
+from megarpt.train.rundir import RunDir
 from megarpt.train.samples import mark_kept, token_pieces
+from megarpt.train.tensorboard import TensorBoardSink
+from megarpt.train.wandb_sink import WandbSink
 
 logger = logging.getLogger(__name__)
 
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+Decode = Callable[[Sequence[int]], str]
+
 _SAMPLE_TOKENS = 512  # tokens of a decoded sample
-_DISCARDED = "metrics.discarded.jsonl"
 
 
 class MetricSink(Protocol):
@@ -57,43 +54,61 @@ class MetricLog:
 
     def __init__(
         self,
-        run_dir: Path,
+        run: RunDir,
         config: LoggingConfig,
         *,
         sinks: Sequence[MetricSink] = (),
         resume: Progress | None = None,
-        is_writer: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Open `run_dir/metrics.jsonl` and bring it to the point of the resume.
+        """Open `metrics.jsonl` of the run and bring it to the point of the resume; `MetricLog.open` adds the dashboards.
 
         Args:
-            run_dir: the run folder.
+            run: the run folder; its writer rank is the one that writes here.
             config: intervals.
             sinks: dashboards, already opened at the same point.
             resume: where the run continues; None for a fresh start, which moves all older lines away.
-            is_writer: True on the one rank that writes.
             clock: seconds since the epoch.
 
         Raises:
-            DataError: the file cannot be written or its last lines belong to no run.
+            DataError: the file cannot be written.
         """
-        self.path = run_dir / "metrics.jsonl"
-        self._config = config
-        self._sinks = tuple(sinks) if is_writer else ()
-        self._clock = clock
-        self._started = clock()
-        self._is_writer = is_writer
+        self.path = run.metrics_path
+        self._config, self._clock, self._started = config, clock, clock()
+        self._restarts = run.restarts
         self._last_step = -1 if resume is None else resume.step
-        self._kinds_at_last_step: set[str] = set()
-        self._file = -1
-        if is_writer:
-            self._kinds_at_last_step = rewind_metrics(self.path, -1 if resume is None else resume.step)
-            try:
-                self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-                sync_directory(run_dir)
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
+        self._kinds: set[str] = set()  # of the lines that _last_step has
+        self._sinks: tuple[MetricSink, ...] = ()
+        self._file: MetricsFile | None = None
+        if run.is_writer:
+            self._sinks = tuple(sinks)
+            self._kinds = rewind_metrics(self.path, self._last_step)
+            self._file = MetricsFile(self.path)
+
+    @classmethod
+    def open(
+        cls,
+        run: RunDir,
+        config: PretrainConfig,
+        *,
+        resume: Progress | None,
+        wandb_mode: Literal["offline", "online"] = "offline",
+    ) -> Self:
+        """The log with the dashboards that `config.logging` asks for, which show configuration and environment.
+
+        Raises:
+            DataError: a file cannot be written.
+            ExtensionError: TensorBoard or wandb was asked for and is not installed.
+        """
+        sinks: list[MetricSink] = []
+        resolved: dict[str, Any] = config.model_dump(mode="json")
+        if run.is_writer and config.logging.tensorboard:
+            board = TensorBoardSink(run.tensorboard_dir, resume=resume)
+            board.settings(resolved, run.environment, dump_resolved(config), resume or Progress())
+            sinks.append(board)
+        if run.is_writer and config.logging.wandb_project is not None:
+            sinks.append(WandbSink(run.path, config.logging.wandb_project, resolved, wandb_mode))
+        return cls(run, config.logging, sinks=sinks, resume=resume)
 
     def is_due(self, step: int) -> bool:
         """Whether `step` is one that gets a line; equal on all ranks."""
@@ -105,57 +120,47 @@ class MetricLog:
         return interval > 0 and step % interval == 0
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation at the step of the resume is already on file. Known to the writer only."""
-        return step == self._last_step and "valid" in self._kinds_at_last_step
+        """Whether the evaluation after `step` steps is on file, so that a resumed run need not repeat it.
+
+        Known on the writer rank only: evaluation is collective, so the answer has to be broadcast.
+        """
+        return step == self._last_step and "valid" in self._kinds
 
     def step(self, report: StepReport, progress: Progress, extra: Mapping[str, float] | None = None) -> None:
         """Write an optimizer step, when it is due or was skipped. `progress` counts the step itself."""
-        if self._is_writer and (self.is_due(progress.step) or report.skipped):
+        if self._file is not None and (self.is_due(progress.step) or report.skipped):
             self._write("train", {**step_scalars(report), **(extra or {})}, progress)
 
-    def evaluation(self, results: Mapping[str, EvaluationResult], progress: Progress) -> None:
-        """Write the evaluation of all held-out corpora after `progress.step` steps."""
-        if self._is_writer and results:
-            tags = [result.scalars(name) for name, result in results.items()]
-            self._write("valid", {tag: value for group in tags for tag, value in group.items()}, progress)
-
-    def tokens(
-        self, batch: TokenBatch, output: ObjectiveOutput, decode: Callable[[Sequence[int]], str], progress: Progress
+    def evaluation(
+        self,
+        results: Mapping[str, EvaluationResult],
+        progress: Progress,
+        extra: Mapping[str, float] | None = None,
     ) -> None:
+        """Write the evaluation of all held-out corpora after `progress.step` steps."""
+        if self._file is not None and results:
+            tags = {tag: value for name, result in results.items() for tag, value in result.scalars(name).items()}
+            self._write("valid", {**tags, **(extra or {})}, progress)
+
+    def tokens(self, batch: TokenBatch, output: ObjectiveOutput, decode: Decode, progress: Progress) -> None:
         """Histograms of per-token numbers, the spread of the kept share, and one decoded sample with the kept tokens marked.
 
         Units: nats. Cost: copies one micro-batch to the host.
         """
-        if not self._is_writer:
+        if self._file is None:
             return
         loss_mask = _to_numpy(batch.loss_mask).astype(bool)  # [b, s]
-        weight, nll = _to_numpy(output.weight), _to_numpy(output.token_loss)  # [b, s]
-        per_token = {"train/token_loss_nats": nll}
-        if "ref_nll" in batch.streams:
-            per_token["select/excess_nats"] = nll - _to_numpy(batch.streams["ref_nll"])
-        elif output.score is not None:
-            per_token["select/score"] = _to_numpy(output.score)
-        scalars: dict[str, float] = {}
-        for tag, values in per_token.items():
+        scalars = kept_shares(loss_mask, _to_numpy(output.weight))
+        for tag, values in _per_token(batch, output).items():
             finite = values[loss_mask & np.isfinite(values)]
             if finite.size:
-                p05, p50, p95 = np.quantile(finite, (0.05, 0.5, 0.95))
-                scalars |= {f"{tag}_p05": float(p05), f"{tag}_p50": float(p50), f"{tag}_p95": float(p95)}
+                p05, p50, p95 = (float(q) for q in np.quantile(finite, (0.05, 0.5, 0.95)))
+                scalars |= {f"{tag}_p05": p05, f"{tag}_p50": p50, f"{tag}_p95": p95}
                 for sink in self._sinks:
                     self._send(sink.histogram, f"{tag}_histogram", finite, progress)
-        valid = loss_mask.sum(axis=1)  # [b]
-        if (valid > 0).any():
-            kept = ((weight > 0) & loss_mask).sum(axis=1)[valid > 0] / valid[valid > 0]
-            scalars |= {
-                "select/sequence_kept_min": float(kept.min()),
-                "select/sequence_kept_mean": float(kept.mean()),
-                "select/sequence_kept_max": float(kept.max()),
-            }
         self._write("sample", scalars, progress)
         if self._sinks:
-            sample = decoded_sample(batch, output, decode)
-            for sink in self._sinks:
-                self._send(sink.text, "samples/kept_tokens", sample, progress)
+            self.text("samples/kept_tokens", decoded_sample(batch, output, decode), progress)
 
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         """Show a text in the dashboards; `metrics.jsonl` holds numbers only."""
@@ -164,56 +169,47 @@ class MetricLog:
 
     def flush(self) -> None:
         """Put everything on disk. To be called before a checkpoint, so that no checkpoint is ahead of its metrics."""
-        if self._file >= 0:
-            try:
-                os.fsync(self._file)
-            except OSError as error:
-                raise cannot_write(self.path, error) from error
+        if self._file is not None:
+            self._file.sync()
         for sink in self._sinks:
             self._send(sink.flush)
 
     def close(self, is_finished: bool = False) -> None:
         """Flush and close; `is_finished` tells the dashboards whether the run reached its end."""
-        if self._file >= 0:
-            self.flush()
-            os.close(self._file)
-            self._file = -1
-        for sink in self._sinks:
+        if self._file is not None:
+            self._file.sync()
+            self._file.close()
+            self._file = None
+        sinks, self._sinks = self._sinks, ()
+        for sink in sinks:
             self._send(sink.close, is_finished)
-        self._sinks = ()
-        self._is_writer = False
 
-    def __enter__(self) -> MetricLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(is_finished=error is None)
+        self.close(is_finished=False)
 
     def _write(self, kind: str, values: Mapping[str, float], progress: Progress) -> None:
+        assert self._file is not None
         assert progress.step >= self._last_step, f"metrics go forward: step {progress.step} after {self._last_step}"
         if progress.step > self._last_step:
-            self._last_step = progress.step
-            self._kinds_at_last_step.clear()
-        if kind in self._kinds_at_last_step:
+            self._last_step, self._kinds = progress.step, set()
+        if kind in self._kinds:
             logger.info("the %s line of step %d is already in %s", kind, progress.step, self.path)
             return
         now = self._clock()
-        times = {"time/unix_s": round(now, 3), "time/elapsed_s": round(now - self._started, 3)}
-        numbers = {tag: _strict(float(value)) for tag, value in {**values, **times}.items()}
-        self._append(json.dumps({"kind": kind, **progress_fields(progress), **numbers}, allow_nan=False).encode() + b"\n")
-        self._kinds_at_last_step.add(kind)
+        machine = {
+            "time/unix_s": round(now, 3),
+            "time/elapsed_s": round(now - self._started, 3),
+            "sys/restarts": float(self._restarts),
+        }
+        numbers = {tag: float(value) for tag, value in values.items()} | machine
+        self._file.append({"kind": kind, **progress_fields(progress), **numbers})
+        self._kinds.add(kind)
+        del numbers["time/unix_s"]
         for sink in self._sinks:
-            self._send(sink.scalars, values, progress)
-
-    def _append(self, line: bytes) -> None:
-        try:
-            written = os.write(self._file, line)
-            if written != len(line):
-                # A disk that fills up takes a part of the line: take it back, so that the file stays a list of whole lines.
-                os.ftruncate(self._file, os.fstat(self._file).st_size - written)
-                raise OSError(28, "No space left on device")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+            self._send(sink.scalars, numbers, progress)
 
     def _send(self, call: Callable[..., None], *arguments: object) -> None:
         try:
@@ -222,95 +218,41 @@ class MetricLog:
             raise cannot_write(self.path.parent, error) from error
 
 
-def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, object]]:
-    """The lines of a `metrics.jsonl`, with non-finite numbers restored; a partial last line is left out.
-
-    Raises:
-        DataError: a line other than a partial last one is not a JSON object.
-    """
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                return
-            line = _parse(raw)
-            if line is None:
-                raise DataError(f"{path}, line {number}: not a metrics line: {raw[:80]!r}; remove the line to read the rest")
-            if kind is None or line.get("kind") == kind:
-                yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
+def kept_shares(loss_mask: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+    """Smallest, mean and largest share of valid tokens kept, over the sequences of a micro-batch. Shapes: [b, s] both."""
+    valid = loss_mask.sum(axis=1)  # [b]
+    if not (valid > 0).any():
+        return {}
+    share = ((weight > 0) & loss_mask).sum(axis=1)[valid > 0] / valid[valid > 0]
+    return {
+        "select/sequence_kept_min": float(share.min()),
+        "select/sequence_kept_mean": float(share.mean()),
+        "select/sequence_kept_max": float(share.max()),
+    }
 
 
-def rewind_metrics(path: Path, step: int) -> set[str]:
-    """Cut off the lines beyond `step`, and a partial last line; return the kinds of the lines that `step` itself has.
-
-    The lines are moved to `metrics.discarded.jsonl` first. Cutting is one `ftruncate`, so a process killed here leaves the file
-    as it was or as it is wanted, and doing it again changes nothing. Reads backwards: the cost is that of the lines cut.
-    """
-    if not path.exists() or path.stat().st_size == 0:
-        return set()
-    kinds: set[str] = set()
-    try:
-        with path.open("r+b") as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                keep = _end_of_step(content, step)
-                discarded = content[keep:]
-                for start, end in _lines_backwards(content, keep):
-                    line = _parse(content[start:end])
-                    if line is None or line["step"] != step:
-                        break
-                    kinds.add(str(line["kind"]))
-            if discarded:
-                with path.with_name(_DISCARDED).open("ab") as bin_file:
-                    bin_file.write(discarded if discarded.endswith(b"\n") else discarded + b"\n")
-                    bin_file.flush()
-                    os.fsync(bin_file.fileno())
-                file.truncate(keep)
-                os.fsync(file.fileno())
-                logger.info("moved %d bytes of metrics beyond step %d to %s", len(discarded), step, _DISCARDED)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return kinds
-
-
-def decoded_sample(batch: TokenBatch, output: ObjectiveOutput, decode: Callable[[Sequence[int]], str]) -> str:
+def decoded_sample(batch: TokenBatch, output: ObjectiveOutput, decode: Decode) -> str:
     """The first row of a micro-batch as Markdown, kept tokens strong. A weight belongs to a label, so labels are shown."""
-    labels = batch.labels[0, :_SAMPLE_TOKENS].tolist()
     is_label = batch.loss_mask[0, :_SAMPLE_TOKENS].tolist()
-    weight = output.weight[0, :_SAMPLE_TOKENS].tolist()
-    last = max((i for i, valid in enumerate(is_label) if valid), default=-1)
-    kept = [w if valid else 0.0 for w, valid in zip(weight, is_label, strict=True)][: last + 1]
-    num_kept, num_valid = sum(w > 0 for w in kept), sum(is_label)
-    head = f"source {int(batch.source_id[0])}, sample {int(batch.sample_id[0])}: {num_kept} of {num_valid} tokens kept (bold)"
-    return f"{head}\n\n{mark_kept(token_pieces(decode, labels[: last + 1]), kept)}"
+    length = max((i + 1 for i, valid in enumerate(is_label) if valid), default=0)
+    labels = batch.labels[0, :length].tolist()
+    weight = output.weight[0, :length].tolist()
+    kept = [w if valid else 0.0 for w, valid in zip(weight, is_label[:length], strict=True)]
+    head = (
+        f"source {int(batch.source_id[0])}, sample {int(batch.sample_id[0])}: "
+        f"{sum(w > 0 for w in kept)} of {sum(is_label)} tokens kept (bold)"
+    )
+    return f"{head}\n\n{mark_kept(token_pieces(decode, labels), kept)}"
 
 
-def _end_of_step(content: mmap.mmap, step: int) -> int:
-    """Offset behind the last whole line whose step is at most `step`."""
-    for start, end in _lines_backwards(content, len(content)):
-        line = _parse(content[start:end])
-        if line is not None and int(str(line["step"])) <= step:
-            return end
-    return 0
-
-
-def _lines_backwards(content: mmap.mmap, end: int) -> Iterator[tuple[int, int]]:
-    while end > 0:
-        start = content.rfind(b"\n", 0, end - 1) + 1
-        yield start, end
-        end = start
-
-
-def _parse(raw: bytes) -> dict[str, object] | None:
-    if not raw.endswith(b"\n"):
-        return None
-    try:
-        line = json.loads(raw)
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) and "kind" in line else None
-
-
-def _strict(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+def _per_token(batch: TokenBatch, output: ObjectiveOutput) -> dict[str, np.ndarray]:
+    nll = _to_numpy(output.token_loss)
+    values = {"train/token_loss_nats": nll}
+    if "ref_nll" in batch.streams:
+        values["select/excess_nats"] = nll - _to_numpy(batch.streams["ref_nll"])
+    elif output.score is not None:
+        values["select/score"] = _to_numpy(output.score)
+    return values
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 
+from megarpt.config.load import dump_resolved
 from megarpt.config.schema import PretrainConfig
 from megarpt.errors import (
     EXIT_CONFIG,
@@ -181,7 +182,7 @@ class RunDir:
         self.finish("failed", "the run was closed without a verdict")
         self._release_lock()
 
-    def __enter__(self) -> RunDir:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -202,8 +203,7 @@ class RunDir:
             self.finish("config_error", str(error))
             raise
         self.environment = describe_environment(command, facts)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(self.path / "config.yaml", resolved.encode())
+        write_atomically(self.path / "config.yaml", dump_resolved(config).encode())
         write_json_atomically(self.path / "environment.json", self.environment)
         self._write_exit("running", None, "")
 

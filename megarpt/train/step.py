@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -140,8 +139,3 @@ class TrainStep:
             dist.all_reduce(packed, group=self.groups.dp)
         values = packed.tolist()
         return {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(names)}
-
-
-def merge_streams(batch: TokenBatch, streams: dict[str, Tensor]) -> TokenBatch:
-    """The batch with more per-token streams, [b, s] each."""
-    return replace(batch, streams={**batch.streams, **streams})

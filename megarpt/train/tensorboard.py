@@ -59,7 +59,6 @@ class TensorBoardSink:
             ExtensionError: tensorboard is not installed.
         """
         try:
-            from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils import tensorboard as torch_tensorboard
             from torch.utils.tensorboard import summary
         except ImportError as error:
@@ -67,7 +66,7 @@ class TensorBoardSink:
                 f"logging.tensorboard is true, but tensorboard cannot be imported ({error}); "
                 "pip install tensorboard, or set logging.tensorboard=false"
             ) from error
-        self._new_summary, self._protos = Summary, summary
+        self._protos: Any = summary
         self._end_of_session: Any = None
         step = 0 if resume is None else resume.step + 1
         tokens = 0 if resume is None else resume.tokens_seen + 1
@@ -114,8 +113,8 @@ class TensorBoardSink:
         self._by_tokens.close()
 
     def _add_scalars(self, writer: Any, values: Mapping[str, float], step: int) -> None:
-        entries = [self._new_summary.Value(tag=tag, simple_value=_in_float32(value)) for tag, value in values.items()]
-        self._file(writer).add_summary(self._new_summary(value=entries), step)
+        entries = [self._protos.Summary.Value(tag=tag, simple_value=_in_float32(value)) for tag, value in values.items()]
+        self._file(writer).add_summary(self._protos.Summary(value=entries), step)
 
     @staticmethod
     def _file(writer: Any) -> Any:

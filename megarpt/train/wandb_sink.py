@@ -6,6 +6,7 @@ run continues the same curve.
 
 from __future__ import annotations
 
+import importlib
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,13 +35,12 @@ class WandbSink:
             ExtensionError: wandb is not installed.
         """
         try:
-            import wandb
+            self._wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise ExtensionError(
                 f"logging.wandb_project is {project!r}, but wandb cannot be imported ({error}); "
                 "pip install 'megarpt[wandb]', or leave logging.wandb_project unset"
             ) from error
-        self._wandb: Any = wandb
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             write_atomically(id_file, secrets.token_hex(8).encode())

@@ -82,7 +82,13 @@ def test_the_order_never_changes() -> None:
     """Resumed runs of older versions depend on these values: a change here is a change of every run's data."""
     assert round_keys(1234, 0, 0)[:2].tolist() == [15747264653274464423, 4851771019233177435]
     assert permute(np.arange(10), 10, round_keys(1234, 0, 0)).tolist() == [0, 2, 3, 1, 5, 7, 6, 9, 8, 4]
-    assert permute(np.arange(5), 10**9 + 7, round_keys(1234, 2, 5)).tolist() == [910285872, 968538635, 756853364, 679003293, 861467112]
+    assert permute(np.arange(5), 10**9 + 7, round_keys(1234, 2, 5)).tolist() == [
+        910285872,
+        968538635,
+        756853364,
+        679003293,
+        861467112,
+    ]
     refs = SampleOrder([5, 3], [3.0, 1.0], seed=1234).locate(0, 12)
     assert refs.source.tolist() == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
     assert refs.window.tolist() == [3, 2, 1, 2, 4, 1, 0, 4, 2, 0, 0, 1]

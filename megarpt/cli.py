@@ -1,0 +1,286 @@
+"""The `megarpt` command: reads arguments and configuration, sets up logging, calls one module of `run/`.
+
+Handlers import what they need when they are called, so `--help` and `show-config` answer without loading torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megarpt import __version__
+from megarpt.config.fields import iter_fields
+from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
+from megarpt.config.schema import EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
+from megarpt.log import setup_logging
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[argparse.Namespace], int | None]
+
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program stopped by ctrl-c
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code: a mistake on the command line is a configuration error, which running again cannot help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_CONFIG, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (errors.py). Unexpected exceptions pass through with their traceback."""
+    args = _parse(sys.argv[1:] if argv is None else list(argv))
+    rank = 0
+    try:
+        rank, world_size = _place_in_world()
+        verbose = getattr(args, "verbose", False)
+        setup_logging(rank=rank, world_size=world_size, verbose=verbose, log_format=getattr(args, "log_format", "auto"))
+        code = args.handler(args)
+        sys.stdout.flush()
+        return EXIT_OK if code is None else int(code)
+    except MegarptError as error:
+        # Every rank reads the same configuration: one report of its mistakes is enough.
+        if rank == 0 or not isinstance(error, ConfigError):
+            where = f" [rank {rank}]" if rank else ""
+            sys.stderr.write(f"megarpt{where}: {type(error).__name__}: {error}\n")
+        logger.debug("where it was raised", exc_info=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("megarpt: interrupted\n")
+        return _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `megarpt show-config c.yaml | head`: the reader has enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+
+
+def _pretrain(args: argparse.Namespace) -> int | None:
+    cfg = load_config(args.config, args.overrides, world_size=_place_in_world()[1])
+    from megarpt.run import pretrain
+
+    return pretrain.run(cfg)
+
+
+def _score(args: argparse.Namespace) -> int | None:
+    options = _options(ScoreOptions, args, streams=tuple(name.strip() for name in args.streams.split(",")))
+    from megarpt.run import score
+
+    return score.run(options)
+
+
+def _evaluate(args: argparse.Namespace) -> int | None:
+    corpora: dict[str, str] = {}
+    for text in args.corpus:
+        name, equals, prefix = text.partition("=")
+        if not equals or not name or name in corpora:
+            reason = "given twice" if equals and name in corpora else "expected NAME=PREFIX, for example wiki=data/wiki"
+            raise ConfigError(f"--corpus: got {text!r}, {reason}")
+        corpora[name] = prefix
+    options = _options(EvaluateOptions, args, corpora=corpora)
+    from megarpt.run import evaluate
+
+    return evaluate.run(options)
+
+
+def _generate(args: argparse.Namespace) -> int | None:
+    options = _options(GenerateOptions, args)
+    from megarpt.run import generate
+
+    return generate.run(options)
+
+
+def _show_config(args: argparse.Namespace) -> int | None:
+    if args.help_fields:
+        for field in iter_fields(PretrainConfig):
+            sys.stdout.write(f"{field.key}: {field.type} = {field.default}\n    {field.doc}\n")
+        return EXIT_OK
+    if args.config is None:
+        raise ConfigError("show-config: no CONFIG.yaml given; name one, or use --help-fields")
+    cfg = load_config(args.config, args.overrides)
+    sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
+    return EXIT_OK
+
+
+def _doctor(args: argparse.Namespace) -> int | None:
+    from megarpt.run import doctor
+
+    return doctor.run(as_json=args.json)
+
+
+def _place_in_world() -> tuple[int, int]:
+    """Rank and number of ranks as torchrun tells them; (0, 1) without it."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise ConfigError(f"environment variable {name}: got {text!r}, expected a number, as torchrun sets it")
+        values.append(int(text))
+    return values[0], values[1]
+
+
+def _options(model: type[AnySection], args: argparse.Namespace, **replaced: object) -> AnySection:
+    """The record a command takes, from the arguments of the same names."""
+    given = {name: getattr(args, name) for name in model.model_fields if getattr(args, name, None) is not None}
+    return build_section(model, given | replaced, name=f"megarpt {args.verb}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _build_parser()
+    args, extra = parser.parse_known_args(argv)
+    # argparse takes positionals in one run only: with an option in between, later overrides arrive as unknown arguments.
+    late = [each for each in extra if not each.startswith("-") and "=" in each]
+    unknown = [each for each in extra if each not in late]
+    if unknown or (late and not hasattr(args, "overrides")):
+        hint = "; overrides are written section.key=value, without dashes" if any("=" in each for each in unknown) else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown or late)}{hint}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="show debug messages")
+    common.add_argument(
+        "--log-format",
+        choices=("auto", "plain", "json"),
+        default=argparse.SUPPRESS,
+        help="auto: coloured on a terminal, plain otherwise",
+    )
+    parser = _Parser(
+        prog="megarpt",
+        description="Distributed pretraining that chooses what each token is worth.",
+        epilog="`megarpt COMMAND --help` shows the options of a command and an example.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"megarpt {__version__}")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+
+    def command(name: str, handler: Handler, summary: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            parents=[common],
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(handler=handler)
+        return made
+
+    pretrain = command(
+        "pretrain",
+        _pretrain,
+        "train a model from a configuration file",
+        "megarpt pretrain examples/rho1/config.yaml optimizer.lr=3e-4 train.train_tokens=1e9\n"
+        "  torchrun --nproc-per-node 8 -m megarpt pretrain examples/rho1/config.yaml",
+    )
+    _add_config(pretrain, None)
+    _add_score(
+        command(
+            "score",
+            _score,
+            "run a reference model over a corpus and write what it thinks of every token",
+            "megarpt score --reference runs/reference --corpus data/mix   # writes data/mix_ref_nll.bin, .idx, .json",
+        )
+    )
+    _add_evaluate(
+        command(
+            "evaluate",
+            _evaluate,
+            "measure a trained model on held-out corpora",
+            "megarpt evaluate runs/rho1 --corpus wiki=data/wiki_valid --output json",
+        )
+    )
+    _add_generate(
+        command(
+            "generate",
+            _generate,
+            "continue a text with a trained model",
+            "megarpt generate runs/rho1 --prompt 'The function returns' --max-new-tokens 40 --temperature 0.8",
+        )
+    )
+    show = command(
+        "show-config",
+        _show_config,
+        "check a configuration and print it resolved, defaults included",
+        "megarpt show-config examples/rho1/config.yaml optimizer.lr=3e-4\n  megarpt show-config --help-fields",
+    )
+    _add_config(show, "?")
+    show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
+    show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    doctor = command(
+        "doctor",
+        _doctor,
+        "say what this machine can do, what it cannot, and why",
+        "megarpt doctor   # exits with 80 when something needed is broken",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, nargs: str | None) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs=nargs, help="the configuration file")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="replaces a value of the file, read as YAML; list items go by index (data.train.0.weight=2); later ones win",
+    )
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when it is usable")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", required=True, metavar="RUN_OR_CHECKPOINT", help="the reference model")
+    parser.add_argument("--corpus", required=True, metavar="PREFIX", help="the corpus to score (PREFIX.bin, .idx, .json)")
+    parser.add_argument("--output-prefix", metavar="P", help="where to write; default <corpus>_<stream>")
+    parser.add_argument(
+        "--streams", default="ref_nll", metavar="A,B", help="ref_nll, ref_entropy or both (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seq-length", type=int, metavar="N", help="tokens per window, as in training (default: the reference's)"
+    )
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="windows per forward pass (default: 8)")
+    parser.add_argument(
+        "--no-separate-documents",
+        dest="separate_documents",
+        action="store_false",
+        help="let documents in one window see each other, as a run with data.separate_documents=false does",
+    )
+    _add_device(parser)
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    parser.add_argument(
+        "--corpus", action="append", default=[], metavar="NAME=PREFIX", help="repeatable; default: the run's own data.valid"
+    )
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="limit per corpus (default: all of it)")
+    parser.add_argument("--micro-batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
+    parser.add_argument("--output", choices=("table", "json"), default="table", help="default: %(default)s")
+    _add_device(parser)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 64")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the most likely token (default: 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the top tokens of total probability P (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="default: 1234")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="continuations to write (default: 1)")
+    _add_device(parser)

@@ -1,0 +1,117 @@
+"""Configuration to data: opens what a run reads and refuses what does not belong together, before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from megarpt.config.schema import CorpusSource, PretrainConfig
+from megarpt.corpus.tokenizers import Tokenizer
+from megarpt.data.batches import TokenBatches
+from megarpt.data.windows import WindowDataset
+from megarpt.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_batches(
+    cfg: PretrainConfig,
+    tokenizer: Tokenizer,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    device: torch.device,
+    streams: Sequence[str] = (),
+) -> TokenBatches:
+    """The training blend as micro-batches of one data-parallel rank, with the sidecars that the objective reads.
+
+    Raises:
+        ConfigError: batch sizes do not fit, the model's vocabulary is too small, or a source lacks a stream.
+        DataError: a corpus or a sidecar is damaged or belongs to something else.
+    """
+    sources = cfg.data.train
+    _require_streams(sources, streams)
+    datasets = []
+    for number, source in enumerate(sources):
+        dataset = open_corpus(cfg, tokenizer, source.path, where=f"data.train[{number}].path")
+        for name in streams:
+            dataset.add_stream(name, source.streams[name])
+        datasets.append(dataset)
+    batches = TokenBatches(
+        datasets,
+        [source.weight for source in sources],
+        seed=cfg.run.seed,
+        global_batch_size=cfg.batch.global_batch_size,
+        micro_batch_size=cfg.batch.micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        device=device,
+    )
+    if dp_rank == 0:
+        _log_epochs(cfg, datasets)
+    return batches
+
+
+def build_eval_sets(cfg: PretrainConfig, tokenizer: Tokenizer) -> dict[str, WindowDataset]:
+    """The held-out corpora by name, for `evaluation_batches`.
+
+    Raises:
+        ConfigError: the model's vocabulary is too small.
+        DataError: a corpus is damaged or was made with another tokenizer.
+    """
+    return {name: open_corpus(cfg, tokenizer, path, where=f"data.valid.{name}") for name, path in cfg.data.valid.items()}
+
+
+def open_corpus(cfg: PretrainConfig, tokenizer: Tokenizer, prefix: str, *, where: str) -> WindowDataset:
+    """One corpus cut into the run's windows; `where` is the configuration key that named it.
+
+    Raises:
+        ConfigError: the model has fewer rows than the tokenizer has ids.
+        DataError: the corpus is damaged or was made with another tokenizer.
+    """
+    vocab_size = cfg.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: got {vocab_size}, expected at least {tokenizer.vocab_size}, the size of the tokenizer "
+            f"{cfg.data.tokenizer}; leave model.vocab_size out to take the tokenizer's"
+        )
+    dataset = WindowDataset(
+        prefix, seq_length=cfg.data.seq_length, separate_documents=cfg.data.separate_documents, vocab_size=vocab_size
+    )
+    if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{where}: corpus {prefix} was tokenized with {dataset.manifest.tokenizer.sha256[:12]}, expected data.tokenizer "
+            f"({cfg.data.tokenizer}, {tokenizer.sha256[:12]}); tokenize the text again with this tokenizer, or set "
+            "data.tokenizer to the corpus' own"
+        )
+    return dataset
+
+
+def _require_streams(sources: Sequence[CorpusSource], streams: Sequence[str]) -> None:
+    lacking = [(number, name) for number, source in enumerate(sources) for name in streams if name not in source.streams]
+    if lacking:
+        lines = [
+            f"data.train[{number}] ({sources[number].path}): the objective needs the per-token stream {name!r}, got "
+            f"{sorted(sources[number].streams) or 'none'}; make it with `megarpt score` on corpus {sources[number].path} and "
+            f"add `streams: {{{name}: PREFIX}}` to this source"
+            for number, name in lacking
+        ]
+        raise ConfigError("\n".join(lines))
+
+
+def _log_epochs(cfg: PretrainConfig, datasets: Sequence[WindowDataset]) -> None:
+    samples = -(-cfg.train.train_tokens // cfg.data.seq_length)
+    weights = [source.weight for source in cfg.data.train]
+    for dataset, weight in zip(datasets, weights, strict=True):
+        epochs = samples * weight / sum(weights) / dataset.num_windows
+        logger.info(
+            "corpus %s: %d tokens in %d windows of %d, share %.3g, %.3g epochs in this run",
+            dataset.prefix,
+            dataset.num_tokens,
+            dataset.num_windows,
+            dataset.seq_length,
+            weight / sum(weights),
+            epochs,
+        )

@@ -1,0 +1,139 @@
+"""The batch of a step that was not finite, for a look afterwards: text, ids, losses.
+
+    dumps/step_00000042_rank0.json   what was not finite, where, and the decoded text
+    dumps/step_00000042_rank0.npz    every tensor of every micro-batch, as `<micro-batch>.<name>`
+
+A dump never stops a run: when it cannot be written the reason is logged, and training decides by itself what to do.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megarpt.errors import DataError
+from megarpt.objectives.base import ObjectiveOutput
+from megarpt.structs import StepReport, TokenBatch
+from megarpt.train.atomic import write_atomically, write_json_atomically
+
+logger = logging.getLogger(__name__)
+
+_POSITIONS_LISTED = 50  # non-finite tokens spelled out for each micro-batch; the .npz has all
+
+
+class BatchDumper:
+    """Writes the micro-batches of skipped steps; every rank has one and writes its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        source_names: Sequence[str] = (),
+        limit: int = 20,
+    ) -> None:
+        """`limit` bounds the dumps of this rank in the folder, earlier attempts of the run included."""
+        self._folder, self._rank, self._decode = folder, rank, decode
+        self._source_names, self._limit = tuple(source_names), limit
+
+    def dump(self, step: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], report: StepReport) -> Path | None:
+        """Write the micro-batches of `step`; the JSON file's path, or None when the limit is reached or writing failed.
+
+        A step that is done again after a resume replaces its own dump.
+        """
+        path = self._folder / f"step_{step:08d}_rank{self._rank}.json"
+        others = {p for p in self._folder.glob(f"step_*_rank{self._rank}.json") if p != path}
+        if len(others) >= self._limit:
+            logger.warning(
+                "step %d was not finite; %s already holds %d dumps, no more are written", step, self._folder, self._limit
+            )
+            return None
+        arrays: dict[str, np.ndarray] = {}
+        for i, (batch, output) in enumerate(work):
+            arrays |= {f"{i}.{name}": array for name, array in _arrays(batch, output).items()}
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path.with_suffix(".npz"), packed.getvalue())
+            write_json_atomically(path, self._describe(step, work, report))
+        except (DataError, OSError) as error:
+            logger.error("step %d was not finite and its batch could not be dumped: %s", step, error)
+            return None
+        logger.warning("step %d was not finite and is skipped; its batch is in %s", step, path)
+        return path
+
+    def _describe(self, step: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], report: StepReport) -> dict[str, Any]:
+        micro_batches = [self._describe_micro_batch(batch, output) for batch, output in work]
+        found = [name for name in ("loss_nats", "grad_norm") if not math.isfinite(getattr(report, name))]
+        return {
+            "step": step,
+            "rank": self._rank,
+            "not_finite": found,  # empty: found by the optimizer in the gradients of another rank or bucket
+            "loss_nats": str(report.loss_nats),
+            "grad_norm": str(report.grad_norm),
+            "on_this_rank": any(m["num_not_finite"] for m in micro_batches),
+            "arrays": f"step_{step:08d}_rank{self._rank}.npz",
+            "micro_batches": micro_batches,
+        }
+
+    def _describe_micro_batch(self, batch: TokenBatch, output: ObjectiveOutput) -> dict[str, Any]:
+        token_loss = output.token_loss.detach().float().cpu()
+        bad = (~torch.isfinite(token_loss) & batch.loss_mask.cpu()).nonzero().tolist()
+        labels = batch.labels.cpu()
+        return {
+            "loss_sum": str(float(output.loss_sum)),
+            "num_tokens": int(output.num_tokens),
+            "num_not_finite": len(bad),
+            "not_finite": [
+                {
+                    "row": row,
+                    "position": position,
+                    "label": int(labels[row, position]),
+                    "text": self._decode([int(labels[row, position])]),
+                    "loss_nats": str(float(token_loss[row, position])),
+                }
+                for row, position in bad[:_POSITIONS_LISTED]
+            ],
+            "streams_not_finite": {
+                name: int((~torch.isfinite(stream.cpu()) & batch.loss_mask.cpu()).sum())
+                for name, stream in batch.streams.items()
+            },
+            "rows": [
+                {
+                    "sample_id": int(batch.sample_id[row]),
+                    "source": self._source(int(batch.source_id[row])),
+                    "text": self._decode(batch.tokens[row].tolist()),
+                }
+                for row in range(batch.tokens.shape[0])
+            ],
+        }
+
+    def _source(self, source_id: int) -> str | int:
+        return self._source_names[source_id] if 0 <= source_id < len(self._source_names) else source_id
+
+
+def _arrays(batch: TokenBatch, output: ObjectiveOutput) -> dict[str, np.ndarray]:
+    tensors: dict[str, Tensor | None] = {
+        "tokens": batch.tokens,
+        "labels": batch.labels,
+        "loss_mask": batch.loss_mask,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "sample_id": batch.sample_id,
+        "source_id": batch.source_id,
+        "token_loss": output.token_loss,
+        "weight": output.weight,
+        "score": output.score,
+        **{f"stream.{name}": stream for name, stream in batch.streams.items()},
+    }
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,60 @@
+"""Stopping on a signal: noticed at once, acted on at the next safe point, agreed on by all ranks."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megarpt.device.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignal:
+    """A context in which SIGTERM, SIGINT and SIGUSR1 ask the run to stop instead of killing it.
+
+    A second SIGINT ends the process at once, as an impatient person expects.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The signal this rank received, for messages."""
+        return self._received or "a signal on another rank"
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop.
+
+        Collectives: one all-reduce of a single number over the world, none in a world of one.
+        """
+        if self._runtime.world_size == 1:
+            return self._received is not None
+        flag = torch.tensor(int(self._received is not None), device=self._runtime.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self._received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        logger.warning("received %s: stopping at the next safe point", name)
+        self._received = name
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,30 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from megarpt.device import mcore_cpu, runtime
+
+# Test modules import megatron-core when they are collected, so the CPU layer goes in before any of them.
+if not torch.cuda.is_available():
+    mcore_cpu.install()
+
+
+@pytest.fixture(scope="session")
+def cpu_runtime() -> Iterator[runtime.Runtime]:
+    """This process as a world of one rank on the CPU."""
+    started = runtime.start("cpu")
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def one_rank(cpu_runtime: runtime.Runtime):  # type: ignore[no-untyped-def]
+    """megatron-core's process groups for a world of one rank."""
+    from megarpt.parallel.layout import ParallelLayout
+
+    return ParallelLayout(tp=1, dp=1).initialize(seed=1)

@@ -1,0 +1,72 @@
+"""The CPU layer rewrites exactly the megatron-core it was written for, and nothing else."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from megarpt.device import mcore_cpu
+
+
+def run_python(source: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120)
+
+
+def test_rewrites_are_those_of_the_supported_release() -> None:
+    """An upgrade of megatron-core changes this number: read what is new before changing it here."""
+    spec = find_spec("megatron.core")
+    assert spec is not None and spec.origin is not None
+    counts = dict(mcore_cpu.count_rewrites(str(Path(spec.origin).parent)))
+    assert (version("megatron-core"), sum(counts.values()), len(counts)) == ("0.16.1", 551, 102)
+    assert counts["tensor_parallel/layers.py"] == 14
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("torch.zeros(3, device='cuda')", "torch.zeros(3, device='cpu')"),
+        ("torch.zeros(3, device=torch.cuda.current_device())", "torch.zeros(3, device=_megarpt_cpu_cuda.current_device())"),
+        ("x.cuda(non_blocking=True)", "x"),
+        ("x.to('cuda')", "x.to('cpu')"),
+        ("torch.empty(3, pin_memory=True)", "torch.empty(3, pin_memory=False)"),
+        ("x.pin_memory()", "x"),
+        ("p.type() == 'torch.cuda.FloatTensor'", "p.type() == 'torch.FloatTensor'"),
+        ("print('cuda')", "print('cuda')"),
+        ("config.cuda_graph_impl", "config.cuda_graph_impl"),
+    ],
+)
+def test_rewrite(source: str, expected: str) -> None:
+    tree, _ = mcore_cpu.rewrite(source, "x.py")
+    assert ast.unparse(tree).splitlines()[-1] == expected
+
+
+def test_the_import_goes_behind_docstring_and_future() -> None:
+    tree, count = mcore_cpu.rewrite('"""Doc."""\nfrom __future__ import annotations\ntorch.cuda.synchronize()', "x.py")
+    assert count == 1
+    assert [type(node).__name__ for node in tree.body] == ["Expr", "ImportFrom", "ImportFrom", "Expr"]
+    assert tree.body[3].lineno == 3  # tracebacks still point at the library's own lines
+
+
+def test_a_missing_name_is_an_error_at_its_use() -> None:
+    with pytest.raises(AttributeError, match="get_device_capability"):
+        mcore_cpu.CpuCuda.get_device_capability()  # type: ignore[attr-defined]
+
+
+def test_too_late_is_refused() -> None:
+    done = run_python("import megatron.core.utils\nfrom megarpt.device import mcore_cpu\nmcore_cpu.install()")
+    assert done.returncode == 1
+    assert "must be installed before it is imported" in done.stderr
+
+
+def test_torch_is_untouched_and_nothing_leaks_before_install() -> None:
+    done = run_python(
+        "import torch\nbefore = torch.cuda.current_device\n"
+        "from megarpt.device import mcore_cpu\nassert not mcore_cpu.is_installed()\nmcore_cpu.install()\n"
+        "import megatron.core.tensor_parallel.layers\nassert torch.cuda.current_device is before\n"
+        "assert not torch.cuda.is_available()"
+    )
+    assert done.returncode == 0, done.stderr

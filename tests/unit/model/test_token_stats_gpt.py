@@ -1,0 +1,161 @@
+"""The network against plain torch: documents kept apart, positions restarting, KV cache, evaluation head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megarpt.device.runtime import Runtime
+from megarpt.model import build
+from megarpt.model.attention import SdpaCoreAttention
+from megarpt.model.generation import generate, sample
+from megarpt.model.token_stats_gpt import TokenStatsGPT
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups
+from megarpt.structs import TokenBatch
+from megarpt.testing.plain_gpt import PlainGPT
+from megarpt.testing.configs import tiny_config
+
+VOCAB, B, S = 300, 2, 24
+DOCUMENTS = ((10, 9, 5), (1, 23))
+
+
+def make_network(groups: ProcessGroups, **overrides: object) -> TokenStatsGPT:
+    torch.manual_seed(7)
+    small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
+    cfg = tiny_config(**{"model.mcore": small, "data.seq_length": S} | overrides)
+    config = build.transformer_config(cfg, ParallelLayout(1, 1), is_cuda=False)
+    return build.build_network(cfg, config, groups, vocab_size=VOCAB, backend="torch")
+
+
+def make_batch(tokens: torch.Tensor, documents: tuple[tuple[int, ...], ...] = DOCUMENTS) -> TokenBatch:
+    lengths = torch.tensor([length for row in documents for length in row])
+    positions = torch.cat([torch.arange(int(length)) for length in lengths]).view(B, S)
+    return TokenBatch(
+        tokens=tokens[:, :-1],
+        labels=tokens[:, 1:],
+        loss_mask=torch.ones(B, S, dtype=torch.bool),
+        position_ids=positions,
+        cu_seqlens=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        sample_id=torch.arange(B),
+        source_id=torch.zeros(B, dtype=torch.int64),
+        sample_index=torch.arange(B),
+    )
+
+
+def document_numbers(documents: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    return torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents])
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (B, S + 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("documents", [DOCUMENTS, ((S,), (S,)), ((12, 12), (12, 12))])
+def test_equals_plain_torch(cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor, documents: tuple) -> None:
+    network = make_network(one_rank)
+    batch = make_batch(tokens, documents)
+    plain = PlainGPT(384, 2, 64, 4, 2, 96)
+    plain.load_mcore(network.state_dict())
+    logits = plain(batch.tokens, batch.position_ids, document_numbers(documents))[..., :VOCAB]
+    expected = -F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(B, S)
+    stats = build.token_stats(network, batch, S)
+    torch.testing.assert_close(stats.logprob, expected, rtol=0, atol=2e-6)
+    stats.logprob.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(network.output_layer.weight.grad, plain.head.weight.grad, rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        network.embedding.word_embeddings.weight.grad, plain.embedding.weight.grad, rtol=0, atol=2e-5
+    )
+
+
+@pytest.mark.parametrize("preset", ["tiny", "gpt2-124m"])
+def test_editing_a_document_changes_nothing_in_its_neighbours(
+    cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor, preset: str
+) -> None:
+    network = make_network(one_rank, **{"model.preset": preset})
+    before = build.token_stats(network, make_batch(tokens), S).logprob
+    edited = tokens.clone()
+    edited[0, 10:19] = (edited[0, 10:19] + 1) % VOCAB  # the middle document of the first sample
+    after = build.token_stats(network, make_batch(edited), S).logprob
+    same = torch.ones(B, S, dtype=torch.bool)
+    same[0, 9:19] = False  # the label at position 9 is the edited document's first token
+    assert torch.equal(before[same], after[same])
+    assert not torch.equal(before[~same], after[~same])
+
+
+@pytest.mark.parametrize("preset", ["tiny", "gpt2-124m"])
+def test_a_document_means_the_same_wherever_it_is_packed(
+    cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor, preset: str
+) -> None:
+    network = make_network(one_rank, **{"model.preset": preset})
+    moved = tokens.clone()
+    moved[1, 1:10] = tokens[0, 10:19]  # the nine tokens of a document, at another offset of another sample
+    packed = make_batch(moved, ((10, 9, 5), (1, 9, 14)))
+    logprob = build.token_stats(network, packed, S).logprob
+    torch.testing.assert_close(logprob[0, 10:18], logprob[1, 1:9], rtol=0, atol=2e-6)
+
+
+def test_evaluation_head_agrees_with_the_training_head(
+    cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor
+) -> None:
+    network, batch = make_network(one_rank), make_batch(tokens)
+    logprob, correct = build.token_accuracy(network, batch, S)
+    torch.testing.assert_close(logprob, build.token_stats(network, batch, S).logprob, rtol=0, atol=1e-6)
+    greedy = make_batch(tokens)
+    plain = PlainGPT(384, 2, 64, 4, 2, 96)
+    plain.load_mcore(network.state_dict())
+    best = plain(greedy.tokens, greedy.position_ids, document_numbers(DOCUMENTS))[..., :VOCAB].argmax(-1)
+    assert torch.equal(correct, best == batch.labels)
+
+
+def test_padded_vocabulary_carries_no_probability(cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor) -> None:
+    network, batch = make_network(one_rank), make_batch(tokens)
+    assert network.output_layer.weight.shape[0] == 384 > VOCAB
+    before = build.token_stats(network, batch, S).logprob
+    with torch.no_grad():
+        network.output_layer.weight[VOCAB:] = 100.0
+    assert torch.equal(before, build.token_stats(network, batch, S).logprob)
+
+
+def test_generation_with_cache_equals_generation_without(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:
+    network = make_network(one_rank).eval()
+    prompt = [5, 6, 7, 8]
+    options = {"num_samples": 2, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1, "eod": None}
+    out = generate(network, prompt, max_new_tokens=8, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+    plain = PlainGPT(384, 2, 64, 4, 2, 96)
+    plain.load_mcore(network.state_dict())
+    ids = list(prompt)
+    for _ in range(8):
+        ids.append(int(plain(torch.tensor([ids]))[0, -1, :VOCAB].argmax()))
+    assert out == [ids[4:]] * 2
+
+
+def test_generation_stops_at_the_end_of_the_document(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:
+    network = make_network(one_rank).eval()
+    options = {"num_samples": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1}
+    cpu = torch.device("cpu")
+    free = generate(network, [5, 6], max_new_tokens=6, eod=None, device=cpu, **options)[0]  # type: ignore[arg-type]
+    eod = free[2]
+    assert generate(network, [5, 6], max_new_tokens=6, eod=eod, device=cpu, **options)[0] == free[: free.index(eod) + 1]  # type: ignore[arg-type]
+
+
+def test_sampling_respects_top_k_and_top_p() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(2000, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert set(sample(logits, 1.0, 2, 1.0, generator).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, 0, 0.6, generator).tolist()) == {0}  # the first token alone holds 0.64
+    assert set(sample(logits, 1.0, 0, 0.7, generator).tolist()) == {0, 1}
+    assert set(sample(logits, 1.0, 0, 1.0, generator).tolist()) == {0, 1, 2, 3}
+    frequency = (sample(logits, 0.5, 0, 1.0, generator) == 0).float().mean()
+    assert abs(float(frequency) - float((logits[0] / 0.5).softmax(0)[0])) < 0.03
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5)])
+def test_dense_attention_is_aligned_bottom_right(cpu_runtime: Runtime, one_rank: ProcessGroups, queries: int, keys: int) -> None:
+    network = make_network(one_rank)
+    attention = network.decoder.layers[0].self_attention.core_attention
+    assert isinstance(attention, SdpaCoreAttention)
+    q = torch.randn(keys, 2, 4, 16, dtype=torch.float64)
+    k, v = torch.randn(2, keys, 2, 2, 16, dtype=torch.float64)
+    full, part = attention(q, k, v, None), attention(q[-queries:], k, v, None)
+    torch.testing.assert_close(full[-queries:], part)
