@@ -9,15 +9,19 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
 from megarpt.log import setup_logging
+
+if TYPE_CHECKING:
+    from megarpt.device.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(args: argparse.Namespace) -> int | None:
     cfg = load_config(args.config, args.overrides, world_size=_place_in_world()[1])
-    from megarpt.run import pretrain
+    with _machine(cfg.run.device) as runtime:
+        from megarpt.run import pretrain
 
-    return pretrain.run(cfg)
+        return pretrain.run(cfg, runtime)
 
 
 def _score(args: argparse.Namespace) -> int | None:
     options = _options(ScoreOptions, args, streams=tuple(name.strip() for name in args.streams.split(",")))
-    from megarpt.run import score
+    with _machine(options.device) as runtime:
+        from megarpt.run import score
 
-    return score.run(options)
+        return score.run(options, runtime)
 
 
 def _evaluate(args: argparse.Namespace) -> int | None:
@@ -84,16 +90,18 @@ def _evaluate(args: argparse.Namespace) -> int | None:
             raise ConfigError(f"--corpus: got {text!r}, {reason}")
         corpora[name] = prefix
     options = _options(EvaluateOptions, args, corpora=corpora)
-    from megarpt.run import evaluate
+    with _machine(options.device) as runtime:
+        from megarpt.run import evaluate
 
-    return evaluate.run(options)
+        return evaluate.run(options, runtime)
 
 
 def _generate(args: argparse.Namespace) -> int | None:
     options = _options(GenerateOptions, args)
-    from megarpt.run import generate
+    with _machine(options.device) as runtime:
+        from megarpt.run import generate
 
-    return generate.run(options)
+        return generate.run(options, runtime)
 
 
 def _show_config(args: argparse.Namespace) -> int | None:
@@ -112,6 +120,17 @@ def _doctor(args: argparse.Namespace) -> int | None:
     from megarpt.run import doctor
 
     return doctor.run(as_json=args.json)
+
+
+@contextmanager
+def _machine(device: Device) -> Iterator[Runtime]:
+    """The started device and process group. Modules of `run/` are imported inside: on a CPU megatron-core must not be imported
+    before the layer that makes it run there is in place."""
+    from megarpt.device import runtime
+
+    started = runtime.start(device)
+    yield started
+    started.close()  # not after an error: peers may be inside a collective, and leaving the group could wait for them
 
 
 def _place_in_world() -> tuple[int, int]:

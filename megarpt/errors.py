@@ -46,6 +46,12 @@ class NumericsError(MegarptError):
     exit_code = EXIT_UNSTABLE
 
 
+class StopRequested(MegarptError):
+    """The run was told to stop, has saved a checkpoint, and can go on."""
+
+    exit_code = EXIT_RESUMABLE
+
+
 class ExtensionError(MegarptError):
     """A library or compiled extension that was asked for by name cannot be used."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -28,3 +30,17 @@ def one_rank(cpu_runtime: runtime.Runtime):  # type: ignore[no-untyped-def]
     from megarpt.parallel.layout import ParallelLayout
 
     return ParallelLayout(tp=1, dp=1).initialize(seed=1)
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """Undo what `setup_logging` does to the process."""
+    root, package = logging.getLogger(), logging.getLogger("megarpt")
+    handlers, level = list(root.handlers), package.level
+    with warnings.catch_warnings():
+        yield
+    for handler in [each for each in root.handlers if each not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+    logging.captureWarnings(False)

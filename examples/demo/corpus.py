@@ -1,14 +1,15 @@
 """Builds the demo's corpus from text that is on every machine after installation. Nothing is downloaded.
 
-    python examples/demo/corpus.py --out runs/demo/corpus --mix-bytes 4000000
+    python examples/demo/corpus.py --out runs/demo/corpus
 
-Writes four jsonl files of `{"text": ..., "source": ..., "kind": ..., "noise": [[start, end], ...]}` and `corpus.json`:
+Writes five jsonl files of `{"text": ..., "source": ..., "kind": ..., "noise": [[start, end], ...]}` and `corpus.json`:
 
 - `heldout.jsonl`    clean English documentation; every curve of the demo is measured on all of it
 - `reference.jsonl`  clean English documentation from other modules; only the reference model trains on it
 - `mix.jsonl`        what the students train on: clean documentation from yet other modules with web noise in its midst,
                      Python source code, and pages of web noise
-- `probe.jsonl`      documents made like the mix but not in it, to look at which tokens selection keeps
+- `base.jsonl`       the same kind of mix from other modules; the common initialization is trained on it
+- `probe.jsonl`      the same again, little of it, to look at which tokens selection keeps
 
 Clean English is what is left of docstrings (standard library, torch, numpy, ...) and of the interpreter's help topics after
 examples, signatures, tables and formulas are filtered out and near duplicates are removed. The parts are disjoint by module,
@@ -28,19 +29,32 @@ import re
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import noise  # noqa: E402  (a sibling file, found through the line above when this file is imported by path)
+import noise  # a sibling file, found through the line above also when this file is imported by its path
 
 logger = logging.getLogger("demo.corpus")
 
-PACKAGES = ("torch", "numpy", "sympy", "networkx", "matplotlib", "megatron.core", "pydantic", "jinja2", "mpmath", "fsspec", "rich")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "sympy",
+    "networkx",
+    "matplotlib",
+    "megatron.core",
+    "pydantic",
+    "jinja2",
+    "mpmath",
+    "fsspec",
+    "rich",
+)
 """Read besides the standard library: dependencies of the demo with much documentation in their docstrings."""
 
 SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "site-packages", "idlelib", "lib2to3", "__pycache__", "onnx"}
@@ -53,8 +67,14 @@ FUNCTION_WORDS = frozenset(
 PAGE_CHARS = 4000
 """A module's documentation is cut into pages of about this length."""
 
-SPLITS = (("heldout", 0.06), ("probe", 0.02), ("reference", 0.46), ("mix", 0.46))
+SPLITS = (("heldout", 0.07), ("probe", 0.03), ("reference", 0.40), ("base", 0.26), ("mix", 0.24))
 """Shares of the modules; which module goes where depends on its name and the seed alone."""
+
+MIXED = ("probe", "base", "mix")
+"""Parts with code and noise; the others are clean."""
+
+MAX_OVERLAP = 0.1
+"""A held-out document with more than this share of its 6-word sequences anywhere in training is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,10 +278,10 @@ def web_documents(clean: Sequence[Document], code: Sequence[Document], num_bytes
     return shuffled(chosen, f"{seed}:{part}:order")
 
 
-def build(out: Path, *, mix_bytes: int, reference_bytes: int, heldout_bytes: int, probe_bytes: int, seed: int, workers: int) -> dict:
-    """Writes the four parts and returns the summary that is also in `corpus.json`."""
+def build(out: Path, sizes: Mapping[str, int], *, packages: Sequence[str], seed: int, workers: int) -> dict[str, Any]:
+    """Writes the five parts, each of about `sizes[part]` bytes, and returns the summary that is also in `corpus.json`."""
     started = time.perf_counter()
-    modules = read_modules(PACKAGES, workers)
+    modules = read_modules(packages, workers)
     duplicates = NearDuplicates()
     clean: dict[str, list[Document]] = {split: [] for split, _ in SPLITS}
     code: dict[str, list[Document]] = {split: [] for split, _ in SPLITS}
@@ -272,23 +292,41 @@ def build(out: Path, *, mix_bytes: int, reference_bytes: int, heldout_bytes: int
     for split, _ in SPLITS:
         clean[split] = shuffled(clean[split], f"{seed}:{split}:clean")
         code[split] = shuffled(code[split], f"{seed}:{split}:code")
+    empty = [part for part, pages_of_part in clean.items() if not pages_of_part]
+    if empty:
+        raise ValueError(
+            f"no clean English for {', '.join(empty)} in {len(modules)} modules; is the standard library complete?"
+        )
     parts = {
-        "heldout": take(clean["heldout"], heldout_bytes),
-        "reference": take(clean["reference"], reference_bytes),
-        "mix": web_documents(clean["mix"], code["mix"], mix_bytes, seed, "mix"),
-        "probe": web_documents(clean["probe"], code["probe"], probe_bytes, seed, "probe"),
+        part: web_documents(clean[part], code[part], sizes[part], seed, part)
+        if part in MIXED
+        else take(clean[part], sizes[part])
+        for part, _ in SPLITS
     }
-    seen = set().union(*(word_shingles(document.text) for name in ("reference", "mix") for document in parts[name]))
-    heldout = [word_shingles(document.text) for document in parts["heldout"]]
-    summary: dict = {"seed": seed, "python": sys.version.split()[0], "modules": len(modules), "parts": {}}
-    summary["heldout_shingles_seen_in_training"] = round(sum(len(s & seen) for s in heldout) / max(1, sum(map(len, heldout))), 4)
+    seen = set().union(*(word_shingles(page.text) for part, pages in parts.items() if part != "heldout" for page in pages))
+    heldout = [document for document in parts["heldout"] if overlap(document, seen) <= MAX_OVERLAP]
+    summary: dict[str, Any] = {
+        "seed": seed,
+        "python": sys.version.split()[0],
+        "modules": len(modules),
+        "heldout_dropped_for_overlap": len(parts["heldout"]) - len(heldout),
+        "heldout_largest_overlap": round(max((overlap(document, seen) for document in heldout), default=0.0), 4),
+        "available_clean_bytes": {part: sum(len(page.text) for page in pages) for part, pages in clean.items()},
+        "parts": {},
+    }
+    parts["heldout"] = heldout
     out.mkdir(parents=True, exist_ok=True)
     for name, documents in parts.items():
         summary["parts"][name] = write_jsonl(out / f"{name}.jsonl", documents)
-    summary["available_clean_bytes"] = {split: sum(len(d.text) for d in docs) for split, docs in clean.items()}
     summary["seconds"] = round(time.perf_counter() - started, 2)
     (out / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def overlap(document: Document, seen: set[int]) -> float:
+    """Share of a document's word sequences that are in `seen`."""
+    shingles = word_shingles(document.text)
+    return len(shingles & seen) / len(shingles)
 
 
 def write_jsonl(path: Path, documents: Sequence[Document]) -> dict[str, int]:
@@ -310,25 +348,22 @@ def write_jsonl(path: Path, documents: Sequence[Document]) -> dict[str, int]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the jsonl files")
-    parser.add_argument("--mix-bytes", type=int, default=4_000_000, help="size of the students' corpus")
-    parser.add_argument("--reference-bytes", type=int, default=2_000_000, help="size of the reference model's corpus")
-    parser.add_argument("--heldout-bytes", type=int, default=200_000, help="size of the held-out part")
-    parser.add_argument("--probe-bytes", type=int, default=60_000, help="size of the part on which selection is looked at")
+    for part, size, what in (
+        ("mix", 2_000_000, "the students' corpus"),
+        ("base", 2_600_000, "the corpus of the common initialization"),
+        ("reference", 1_800_000, "the reference model's corpus"),
+        ("heldout", 200_000, "the held-out part"),
+        ("probe", 100_000, "the part on which selection is looked at"),
+    ):
+        parser.add_argument(f"--{part}-bytes", type=int, default=size, help=f"size of {what} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="decides the split, the order and the noise")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that parse sources")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    summary = build(
-        args.out,
-        mix_bytes=args.mix_bytes,
-        reference_bytes=args.reference_bytes,
-        heldout_bytes=args.heldout_bytes,
-        probe_bytes=args.probe_bytes,
-        seed=args.seed,
-        workers=args.workers,
-    )
-    for name, sizes in summary["parts"].items():
-        logger.info("%-10s %6d documents %10d bytes", name, sizes["documents"], sizes["bytes"])
+    sizes = {part: getattr(args, f"{part}_bytes") for part, _ in SPLITS}
+    summary = build(args.out, sizes, packages=PACKAGES, seed=args.seed, workers=args.workers)
+    for name, part_sizes in summary["parts"].items():
+        logger.info("%-10s %6d documents %10d bytes", name, part_sizes["documents"], part_sizes["bytes"])
     logger.info("from %d modules in %.1f s", summary["modules"], summary["seconds"])
     return 0
 

@@ -21,8 +21,8 @@ _MENU = (
     "FAQ|Sitemap|Downloads|Community|Events|Newsletter|Wishlist|Deals|Store Locator|Gift Cards|Help|EN|DE|FR|ES|Sign up|Search"
 ).split("|")
 _CALLS = (
-    "Share this|Tweet|Pin it|Like 0|Follow us|Print|Email a friend|Report abuse|Reply|Quote|Permalink|Subscribe now!|Read more »|"
-    "Click here|Continue reading →|Show more|Load comments (0)|Advertisement|Sponsored|Skip to content|Back to top|Loading..."
+    "Share this|Tweet|Pin it|Like 0|Follow us|Print|Email a friend|Report abuse|Reply|Quote|Permalink|Click here|"
+    "Subscribe now!|Read more »|Continue reading →|Show more|Load comments (0)|Advertisement|Sponsored|Back to top|Loading..."
 ).split("|")
 _LEGAL = (
     "All rights reserved.|Privacy Policy|Terms of Use|Do Not Sell My Info|Cookie Settings|Powered by WordPress|Imprint|"
@@ -36,11 +36,23 @@ _COOKIES = (
     "Sign up for our newsletter and get {n}% off your first order! No thanks | Subscribe",
 )
 _KEYWORDS = (
-    "cheap free online best buy discount coupon download hotel flights shoes insurance casino credit loan review top price sale "
-    "deal 2019 2020 2021 near me how to watch streaming hd full mp3 crack keygen apk replica watches vitamins loans"
+    "cheap free online best buy discount coupon download hotel flights shoes insurance casino credit loan review top price "
+    "sale deal 2019 2020 2021 near me how to watch streaming hd full mp3 crack keygen apk replica watches vitamins loans"
 ).split()
 _SITES = "example.com example.org shop.example.net cdn.example.com news.example.org blog.example.net static.example.com".split()
-_ENTITIES = ("&nbsp;", "&amp;", "&quot;", "&#8217;", "&#8220;", "&#8221;", "&lt;br /&gt;", "&raquo;", "<br/>", "&#160;", "</p><p>")
+_ENTITIES = (
+    "&nbsp;",
+    "&amp;",
+    "&quot;",
+    "&#8217;",
+    "&#8220;",
+    "&#8221;",
+    "&lt;br /&gt;",
+    "&raquo;",
+    "<br/>",
+    "&#160;",
+    "</p><p>",
+)
 _JS = "function var return if else this null document window getElementById push length for typeof void prototype".split()
 _MOJIBAKE = (("'", "’"), ('"', "“"), (" - ", " — "), ("...", "…"), (", ", " ‚ "), (". ", ".\u00a0"))
 
@@ -82,7 +94,9 @@ def links(rng: random.Random) -> str:
 def hex_blob(rng: random.Random) -> str:
     """Hashes, or lines of a hex dump."""
     if rng.random() < 0.5:
-        return "\n".join(f"{rng.choice(('sha1', 'md5', 'etag', 'id'))}: {rng.randbytes(16).hex()}" for _ in range(rng.randint(1, 4)))
+        return "\n".join(
+            f"{rng.choice(('sha1', 'md5', 'etag', 'id'))}: {rng.randbytes(16).hex()}" for _ in range(rng.randint(1, 4))
+        )
     start = rng.randrange(0, 2**20, 16)
     return "\n".join(f"{start + 16 * row:08x}  {rng.randbytes(16).hex(' ')}" for row in range(rng.randint(2, 6)))
 

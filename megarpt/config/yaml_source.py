@@ -47,8 +47,8 @@ class Parsed:
 def parse_yaml(text: str) -> Parsed:
     """Read one document. Never raises: syntax errors are problems too."""
     parsed = Parsed()
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             parsed.data = _plain(loader, node, (), parsed, ())
@@ -57,8 +57,6 @@ def parse_yaml(text: str) -> Parsed:
         parsed.problems.append(((), mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}"))
     except (yaml.YAMLError, ValueError) as error:
         parsed.problems.append(((), 1, f"not valid YAML: {' '.join(str(error).split())}"))
-    finally:
-        loader.dispose()
     return parsed
 
 

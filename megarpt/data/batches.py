@@ -233,8 +233,9 @@ def evaluation_batches(
     dp_size: int,
     device: torch.device,
     max_tokens: int | None = None,
+    first_window: int = 0,
 ) -> Iterator[TokenBatch]:
-    """One pass over a corpus: each window exactly once over all ranks, in order.
+    """One pass over a corpus from `first_window` on: each window exactly once over all ranks, in order.
 
     Every rank gets the same number of micro-batches, filled up with rows that train nothing (sample_id -1), so that collectives
     meet. `max_tokens` stops after the window that reaches it.
@@ -242,7 +243,7 @@ def evaluation_batches(
     count = dataset.num_windows
     if max_tokens is not None:
         count = min(count, -(-max_tokens // dataset.seq_length))
-    for base in range(0, count, micro_batch_size * dp_size):
+    for base in range(first_window, count, micro_batch_size * dp_size):
         window = base + dp_rank * micro_batch_size + np.arange(micro_batch_size)
         window = np.where(window < count, window, -1)
         batch = assemble([dataset], np.zeros(micro_batch_size, np.int64), window, window)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megarpt.corpus.manifest import CorpusManifest, SidecarManifest
+from megarpt.corpus.manifest import CorpusManifest, SidecarManifest, verify_files
 from megarpt.errors import DataError
 
 _ITEMSIZE = 4
@@ -37,9 +37,16 @@ class SidecarStream:
         self.name = name
         self.prefix = prefix
         self.manifest = SidecarManifest.load(prefix)
-        self.manifest.check_belongs(
-            corpus, seq_length=seq_length, separate_documents=separate_documents, tokenizer_sha256=corpus.tokenizer_sha256
-        )
+        if self.manifest.stream != name:
+            raise DataError(
+                f"{prefix}.json: got a sidecar of stream {self.manifest.stream!r}, expected {name!r}; correct the path under "
+                "`streams`"
+            )
+        try:
+            self.manifest.check_belongs(corpus, seq_length=seq_length, separate_documents=separate_documents)
+        except DataError as error:
+            raise DataError(f"{prefix}.json: {error}") from error
+        verify_files(prefix, self.manifest)
         self._indexed = IndexedDataset(prefix)
         lengths, dtype = self._indexed.sequence_lengths, np.dtype(self._indexed.index.dtype)
         if dtype != np.float32:

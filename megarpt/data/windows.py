@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megarpt.corpus.manifest import CorpusManifest, verify_corpus
+from megarpt.corpus.manifest import verify_corpus
 from megarpt.data.streams import SidecarStream
 from megarpt.errors import DataError
 
@@ -49,23 +49,24 @@ class WindowDataset:
         self.seq_length = seq_length
         self.separate_documents = separate_documents
         self.vocab_size = vocab_size
-        self.manifest = CorpusManifest.load(prefix)
-        verify_corpus(prefix)
-        if self.manifest.num_tokens < 2:  # before the files are mapped: an empty one cannot be
+        self.manifest = verify_corpus(prefix)
+        self.num_tokens = self.manifest.num_tokens
+        if self.num_tokens < 2:  # looked at before the files are mapped: an empty one cannot be
             raise DataError(
-                f"{prefix}: got {self.manifest.num_tokens} tokens, expected at least 2, one to read and one to predict; "
+                f"{prefix}: got {self.num_tokens} tokens, expected at least 2, one to read and one to predict; "
                 "tokenize more text with tools/preprocess_corpus.py"
             )
         self.indexed = IndexedDataset(prefix)
         self.dtype = np.dtype(self.indexed.index.dtype)
         if self.dtype.kind not in "iu":
             raise DataError(
-                f"{prefix}.idx: got tokens of type {self.dtype}, expected integers; this is not a tokenized corpus "
-                "(a per-token sidecar belongs under `streams`)"
+                f"{prefix}.idx: got tokens of type {self.dtype}, expected integers; tokenize the text again with "
+                "tools/preprocess_corpus.py"
             )
-        self.num_tokens = _contiguous_tokens(self.indexed, prefix)
         self._starts = _document_starts(self.indexed)  # [documents] int64, byte offsets in the .bin
-        self._search = memoryview(self._starts.view(np.uint8).data).cast("q")  # bisects ten times faster than an unaligned array
+        self._search = memoryview(self._starts.view(np.uint8).data).cast(
+            "q"
+        )  # bisects ten times faster than an unaligned array
         self._id_can_be_invalid = self.dtype.kind == "i" or np.iinfo(self.dtype).max >= vocab_size
         self._streams: dict[str, SidecarStream] = {}
 
@@ -158,35 +159,16 @@ class WindowDataset:
         )
 
 
-def _contiguous_tokens(indexed: IndexedDataset, prefix: str) -> int:
-    """Number of tokens, after checking that the sequences lie in the .bin in order and without gaps."""
-    lengths, pointers = indexed.sequence_lengths, indexed.index.sequence_pointers
-    itemsize = np.dtype(indexed.index.dtype).itemsize
-    position = 0
-    for begin in range(0, len(lengths), _CHECK_BLOCK):
-        ends = position + np.cumsum(lengths[begin : begin + _CHECK_BLOCK], dtype=np.int64) * itemsize
-        expected = np.concatenate([[position], ends[:-1]])
-        wrong = np.flatnonzero(pointers[begin : begin + _CHECK_BLOCK] != expected)
-        if wrong.size:
-            at = int(wrong[0])
-            raise DataError(
-                f"{prefix}.idx: got byte offset {int(pointers[begin + at])} for sequence {begin + at}, expected "
-                f"{int(expected[at])}, right behind the one before; write the corpus again with tools/preprocess_corpus.py "
-                "or tools/merge_corpora.py"
-            )
-        position = int(ends[-1])
-    return position // itemsize
-
-
 def _document_starts(indexed: IndexedDataset) -> npt.NDArray[np.int64]:
-    """Byte offset of every document: the index's own memory-mapped column when each document is one sequence."""
+    """Ascending byte offsets at which documents begin, in no fixed number for empty documents.
+
+    When no document has more than one sequence this is the index's own memory-mapped column.
+    """
     pointers, documents = indexed.index.sequence_pointers, indexed.document_indices
-    count = len(documents) - 1
-    one_each = count == len(pointers) and all(
-        np.array_equal(documents[begin : begin + _CHECK_BLOCK], np.arange(begin, min(begin + _CHECK_BLOCK, count + 1)))
-        for begin in range(0, count + 1, _CHECK_BLOCK)
-    )
-    if one_each:
+    if all(
+        np.diff(documents[begin : begin + _CHECK_BLOCK + 1]).max(initial=0) <= 1
+        for begin in range(0, len(documents), _CHECK_BLOCK)
+    ):
         return pointers
-    total = np.int64(indexed.index.sequence_lengths.sum(dtype=np.int64) * np.dtype(indexed.index.dtype).itemsize)
-    return np.append(pointers, total)[documents[:-1]]
+    end = indexed.index.sequence_lengths.sum(dtype=np.int64) * np.dtype(indexed.index.dtype).itemsize
+    return np.append(pointers, end)[documents[:-1]]

@@ -92,7 +92,9 @@ def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: 
     activation = fields.pop("activation")
     if activation not in _ACTIVATIONS:
         raise ConfigError(f"model.mcore.activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    check_mcore_fields("model.mcore", {k: v for k, v in cfg.model.mcore.items() if k != "activation"}, TransformerConfig, _DERIVED)
+    check_mcore_fields(
+        "model.mcore", {k: v for k, v in cfg.model.mcore.items() if k != "activation"}, TransformerConfig, _DERIVED
+    )
     bf16 = cfg.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     defaults: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "persist_layer_norm": False}
@@ -169,6 +171,22 @@ def build_model(
     return DistributedDataParallel(config, ddp, network, pg_collection=groups.collection)
 
 
+def build_inference_network(
+    cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
+) -> TokenStatsGPT:
+    """The network of a finished run: parameters in its precision, no optimizer, no gradient buffers."""
+    config = transformer_config(cfg, layout, is_cuda=runtime.is_cuda)
+    network = build_network(cfg, config, groups, vocab_size=vocab_size, backend=default_backend(runtime.is_cuda))
+    return network.to(device=runtime.device, dtype=config.params_dtype)
+
+
+def unwrap(model: torch.nn.Module) -> TokenStatsGPT:
+    """The network inside megatron-core's wrappers."""
+    network = unwrap_model(model)
+    assert isinstance(network, TokenStatsGPT)
+    return network
+
+
 def token_stats(model: torch.nn.Module, batch: TokenBatch, max_seqlen: int, *, entropy: bool = False) -> TokenStats:
     """Run the model over a micro-batch, flattened so that documents are attention segments.
 
@@ -197,8 +215,7 @@ def _run(model: torch.nn.Module, batch: TokenBatch, max_seqlen: int, mode: HeadM
         max_seqlen_kv=max_seqlen,
         lengths=tuple(batch.cu_seqlens.diff().tolist()) if on_cpu else (),
     )
-    network = unwrap_model(model)
-    network.head_mode = mode
+    unwrap(model).head_mode = mode
     first, second = model(
         input_ids=batch.tokens.reshape(1, b * s),
         position_ids=batch.position_ids.reshape(1, b * s),

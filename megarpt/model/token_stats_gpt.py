@@ -79,7 +79,11 @@ class TokenStatsGPT(GPTModel):  # type: ignore[misc]
         )
 
 
-@torch.no_grad()
-def count_parameters(model: torch.nn.Module) -> int:
-    """Parameters of this rank's model, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(network: torch.nn.Module, *, multiplying_only: bool = False) -> int:
+    """Parameters of this rank, shared ones once; `multiplying_only` leaves out embeddings that are merely looked up."""
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if multiplying_only and isinstance(network, TokenStatsGPT) and network.pre_process:
+        embedding = network.embedding
+        tied = network.share_embeddings_and_output_weights
+        count -= sum(p.numel() for name, p in embedding.named_parameters() if not (tied and name.startswith("word_embeddings")))
+    return count

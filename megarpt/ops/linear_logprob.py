@@ -18,7 +18,8 @@ Dims: t tokens, n tokens with a label, h hidden, v vocabulary rows on this rank 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ from megarpt.errors import ShapeError
 
 KEEP_BYTES = 512 * 2**20  # logits up to this size are held from forward to backward
 CHUNK_BYTES = 64 * 2**20  # size of one chunk of logits otherwise
-_BLOCK_BYTES = {"cpu": 512 * 1024}  # fp32 rows worked on at a time: half of a core's second-level cache
+_GATHER_BYTES = 16 * 2**20  # rows of kept logits that backward collects at a time when some are left out
+_BLOCK_BYTES = {"cpu": 1024 * 1024}  # fp32 rows worked on at a time: a core's second-level cache
 _BLOCK_BYTES_ACCELERATOR = 64 * 2**20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -98,7 +100,8 @@ def linear_logprob(
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
     Cost: products of 2 t h v FLOPs forward and 4 k h v backward, k = rows with a non-zero upstream gradient; 2 k h v more when
         nothing was kept. Peak extra bytes: t * v * itemsize if that fits keep_bytes, else about one chunk (64 MiB, or
-        chunk_tokens rows), twice a [v, h] in fp32 for the weight's gradient when there is more than one chunk.
+        chunk_tokens rows); and [v, h] in fp32 for the weight's gradient when there is more than one chunk. On an accelerator
+        the host waits once forward (are there ignored labels?) and once backward (how many rows are kept?).
     Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] ([3, t] with entropy). Backward: none; the
         gradient of `hidden` is this rank's part, and summing it over tp_group is the caller's, as everywhere in
         megatron-core (`copy_to_tensor_model_parallel_region` before the head, or the sequence-parallel gather).
@@ -169,18 +172,16 @@ def _check(
     return min(max(end - vocab_start, 0), weight.shape[0])
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Row ranges of a chunk whose fp32 copy stays in cache on a CPU, and is not a second chunk elsewhere."""
+def _block_rows(logits: Tensor) -> int:
+    """Rows whose fp32 copy stays in cache on a CPU, and is not a second chunk elsewhere."""
     budget = _BLOCK_BYTES.get(logits.device.type)
     budget = _BLOCK_BYTES_ACCELERATOR if budget is None else budget * torch.get_num_threads()
-    rows = max(1, budget // (4 * logits.shape[1]))
-    for start in range(0, logits.shape[0], rows):
-        yield slice(start, min(start + rows, logits.shape[0]))
+    return min(max(1, budget // (4 * logits.shape[1])), max(1, logits.shape[0]))
 
 
-def _scaled_logits(logits: Tensor, options: _Options) -> Tensor:
+def _scaled_logits(logits: Tensor, out: Tensor, options: _Options) -> Tensor:
     """fp32 copy (fp64 for fp64) of a block of logits, divided by the temperature, padding at minus infinity."""
-    scaled = logits.to(_wide(logits.dtype), copy=True)
+    scaled = out[: logits.shape[0]].copy_(logits)
     if options.temperature != 1.0:
         scaled.div_(options.temperature)
     if options.num_valid < scaled.shape[1]:
@@ -213,20 +214,25 @@ def _forward_chunk(logits: Tensor, local: Tensor, here: Tensor, out: _Statistics
         if store:
             logits.zero_()
         return
-    for rows in _blocks(logits):
-        z = _scaled_logits(logits[rows], options)
-        # the largest probability is exp(0) / sum, so its logarithm gives the sum without a pass of exponentials of our own
-        softmax = torch.empty_like(z) if not store or logits.dtype != z.dtype else logits[rows]
-        torch.softmax(z, dim=-1, out=softmax)
-        lse = z.amax(dim=-1) - softmax.amax(dim=-1).log_()
-        out.lse[rows] = lse
-        out.target[rows] = z.gather(1, local[rows, None])[:, 0].masked_fill_(~here[rows], 0.0)
-        if out.surprise is not None:
-            valid = options.num_valid
-            log_p = z[:, :valid].sub_(lse[:, None])
-            out.surprise[rows] = log_p.mul_(softmax[:, :valid]).sum(dim=-1)
-        if store and softmax.data_ptr() != logits[rows].data_ptr():
-            logits[rows] = softmax
+    wide, rows = out.lse.dtype, _block_rows(logits)
+    torch.div(logits.gather(1, local[:, None])[:, 0].to(wide), options.temperature, out=out.target)
+    out.target.masked_fill_(~here, 0.0)
+    in_place = store and logits.dtype == wide
+    copies = logits.new_empty(1 if in_place else 2, rows, logits.shape[1], dtype=wide)
+    largest = torch.empty_like(out.lse)  # of the logits, then of the softmax
+    surprises: Iterable[Tensor | None] = repeat(None) if out.surprise is None else out.surprise.split(rows)
+    for block, top, lse, surprise in zip(logits.split(rows), largest.split(rows), out.lse.split(rows), surprises, strict=False):
+        z = _scaled_logits(block, copies[0], options)
+        torch.amax(z, dim=-1, out=lse)
+        softmax = torch.softmax(z, dim=-1, out=block if in_place else copies[1][: block.shape[0]])
+        torch.amax(softmax, dim=-1, out=top)
+        if store and not in_place:
+            block.copy_(softmax)
+        if surprise is not None:
+            log_p = z[:, : options.num_valid].sub_((lse - top.log())[:, None])
+            torch.sum(log_p.mul_(softmax[:, : options.num_valid]), dim=-1, out=surprise)
+    # the largest probability is exp(0) / sum, so its logarithm gives the sum without a pass of exponentials of our own
+    out.lse.sub_(largest.log_())
 
 
 def _combine(stats: _Statistics, group: dist.ProcessGroup) -> tuple[_Statistics, Tensor]:
@@ -294,9 +300,8 @@ class _LinearLogprob(torch.autograd.Function):
             return None, None, None, None
         if rows is not None:
             grad_logprob, grad_entropy = (None if g is None else g.index_select(0, rows) for g in (grad_logprob, grad_entropy))
-        needed = sum((g != 0).int() for g in (grad_logprob, grad_entropy) if g is not None) != 0
-        kept = torch.nonzero(needed)[:, 0]  # [k], rows of the gradient that exist
-        everything = kept.numel() == lse.numel()
+        upstream = torch.stack([g for g in (grad_logprob, grad_entropy) if g is not None])
+        kept = torch.nonzero((upstream != 0).any(dim=0))[:, 0]  # [k]; NaN counts as kept, so that it is seen
         rows_of_hidden = kept if rows is None else rows.index_select(0, kept)
 
         source = _GradientSource(
@@ -305,17 +310,17 @@ class _LinearLogprob(torch.autograd.Function):
         )  # fmt: skip
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         grad_weight = _WeightGradient(weight, ctx.parameter) if ctx.needs_input_grad[1] else None
-        chunk = kept.numel() if everything and source.is_stored else options.chunk
-        for start in range(0, kept.numel(), max(1, chunk)):
+        chunk = source.chunk(kept.numel())
+        buffer = None if source.is_whole(chunk) else weight.new_empty(chunk, weight.shape[0])
+        for start in range(0, kept.numel(), chunk):
             span = slice(start, min(start + chunk, kept.numel()))
             at = rows_of_hidden[span]
             x = hidden if at.numel() == hidden.shape[0] else hidden.index_select(0, at)
-            logits_grad, factor = source.rows(x, kept[span], everything)
+            logits_grad, factor = source.rows(x, kept[span], buffer)
             if grad_hidden is not None:
-                part = torch.mm(logits_grad, weight).mul_(factor[:, None])
-                grad_hidden.index_copy_(0, at, part)
+                grad_hidden.index_copy_(0, at, torch.mm(logits_grad, weight).mul_(factor[:, None]))
             if grad_weight is not None:
-                grad_weight.add(logits_grad, (x * factor[:, None]).to(x.dtype), is_only=start == 0 and span.stop == kept.numel())
+                grad_weight.add(logits_grad, (x * factor[:, None]).to(x.dtype), is_only=chunk == kept.numel())
         return grad_hidden, None if grad_weight is None else grad_weight.result(), None, None
 
 
@@ -339,20 +344,33 @@ class _GradientSource(NamedTuple):
     grad_entropy: Tensor | None  # [n]
     options: _Options
 
-    @property
-    def is_stored(self) -> bool:
-        """The gradient was written down in forward, up to a factor per row."""
-        return self.saved is not None and not self.options.entropy
+    def is_whole(self, num_rows: int) -> bool:
+        """All rows are wanted, and were written down in forward up to a factor per row."""
+        return self.saved is not None and not self.options.entropy and num_rows == self.saved.shape[0]
 
-    def rows(self, x: Tensor, at: Tensor, everything: bool) -> tuple[Tensor, Tensor]:
-        """Gradient [c, v] of the rows `at`, to be multiplied by the factors [c]."""
+    def chunk(self, num_rows: int) -> int:
+        """Rows per pair of products; the kept ones are only copied together, so fewer at a time suffice for full speed."""
+        if self.is_whole(num_rows):
+            return max(1, num_rows)
+        rows = self.options.chunk
+        if self.saved is not None:
+            rows = min(rows, max(256, _GATHER_BYTES // (self.weight.dtype.itemsize * self.weight.shape[0])))
+        return max(1, min(rows, num_rows))
+
+    def rows(self, x: Tensor, at: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradient [c, v] of the rows `at`, whose hidden states are `x`; it is to be multiplied by the factors [c]."""
         scale = -1.0 / self.options.temperature
-        if self.is_stored:
+        if buffer is None:
             assert self.saved is not None and self.grad_logprob is not None
-            if everything and at.numel() == self.saved.shape[0]:
-                return self.saved, self.grad_logprob * scale
-            return self.saved.index_select(0, at), self.grad_logprob.index_select(0, at) * scale
-        logits = torch.mm(x, self.weight.t()) if self.saved is None else self.saved.index_select(0, at)
+            return self.saved, self.grad_logprob * scale
+        logits = buffer[: at.numel()]
+        if self.saved is None:
+            torch.mm(x, self.weight.t(), out=logits)
+        else:
+            torch.index_select(self.saved, 0, at, out=logits)
+        if self.saved is not None and not self.options.entropy:
+            assert self.grad_logprob is not None
+            return logits, self.grad_logprob.index_select(0, at) * scale
         pick = [None if part is None else part.index_select(0, at) for part in (self.share, self.grad_logprob, self.grad_entropy)]
         share, grad_logprob, grad_entropy = pick
         local, here, logprob, lse = (part.index_select(0, at) for part in (self.local, self.here, self.logprob, self.lse))
@@ -375,12 +393,15 @@ class _GradientSource(NamedTuple):
         return logits, factor
 
     def _to_softmax(self, logits: Tensor, share: Tensor | None) -> None:
+        """logits <- p, normalised over the whole vocabulary."""
         if self.options.num_valid == 0:
             logits.zero_()
             return
-        for rows in _blocks(logits):
-            softmax = torch.softmax(_scaled_logits(logits[rows], self.options), dim=-1)
-            logits[rows] = softmax if share is None else softmax.mul_(share[rows, None])
+        rows = _block_rows(logits)
+        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.lse.dtype)
+        for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
+            softmax = torch.softmax(_scaled_logits(block, copies[0], self.options), dim=-1, out=copies[1][: block.shape[0]])
+            block.copy_(softmax if share is None else softmax.mul_(share[start : start + rows, None]))
 
     def _to_weighted_softmax(self, logits: Tensor, share: Tensor | None, lse: Tensor, constant: Tensor, slope: Tensor) -> None:
         """logits <- p * (constant + slope * log p), with p normalised over the whole vocabulary."""
@@ -388,13 +409,16 @@ class _GradientSource(NamedTuple):
         logits[:, valid:] = 0.0
         if valid == 0:
             return
-        for rows in _blocks(logits):
-            z = _scaled_logits(logits[rows], self.options)
-            softmax = torch.softmax(z, dim=-1)[:, :valid]
+        rows = _block_rows(logits)
+        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.lse.dtype)
+        for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
+            span = slice(start, start + rows)
+            z = _scaled_logits(block, copies[0], self.options)
+            softmax = torch.softmax(z, dim=-1, out=copies[1][: block.shape[0]])[:, :valid]
             if share is not None:
-                softmax.mul_(share[rows, None])
-            log_p = z[:, :valid].sub_(lse[rows, None])
-            logits[rows, :valid] = log_p.mul_(slope[rows, None]).add_(constant[rows, None]).mul_(softmax).to(logits.dtype)
+                softmax.mul_(share[span, None])
+            log_p = z[:, :valid].sub_(lse[span, None])
+            block[:, :valid] = log_p.mul_(slope[span, None]).add_(constant[span, None]).mul_(softmax)
 
 
 class _WeightGradient:
@@ -410,8 +434,8 @@ class _WeightGradient:
             self.total = torch.mm(logits_grad.t(), x)
             return
         if self.total is None:
-            self.total = torch.zeros_like(self.weight, dtype=_wide(self.weight.dtype), memory_format=torch.contiguous_format)
-        if self.total.dtype == x.dtype:
+            self.total = torch.mm(logits_grad.t(), x).to(_wide(x.dtype))
+        elif self.total.dtype == x.dtype:
             self.total.addmm_(logits_grad.t(), x)
         else:
             self.total.add_(torch.mm(logits_grad.t(), x))

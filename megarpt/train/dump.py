@@ -46,10 +46,13 @@ class BatchDumper:
         self._source_names, self._limit = tuple(source_names), limit
 
     def dump(self, step: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], report: StepReport) -> Path | None:
-        """Write the micro-batches of `step`; the JSON file's path, or None when the limit is reached or writing failed.
+        """Write the micro-batches of `step`; the JSON file's path, or None when nothing was written.
 
-        A step that is done again after a resume replaces its own dump.
+        A rank other than 0 whose own losses are finite writes nothing. A step that is done again after a resume replaces its
+        own dump.
         """
+        if self._rank > 0 and not any(_bad_positions(batch, output) for batch, output in work):
+            return None
         path = self._folder / f"step_{step:08d}_rank{self._rank}.json"
         others = {p for p in self._folder.glob(f"step_*_rank{self._rank}.json") if p != path}
         if len(others) >= self._limit:
@@ -87,9 +90,8 @@ class BatchDumper:
         }
 
     def _describe_micro_batch(self, batch: TokenBatch, output: ObjectiveOutput) -> dict[str, Any]:
-        token_loss = output.token_loss.detach().float().cpu()
-        bad = (~torch.isfinite(token_loss) & batch.loss_mask.cpu()).nonzero().tolist()
-        labels = batch.labels.cpu()
+        token_loss, labels = output.token_loss.detach().float().cpu(), batch.labels.cpu()
+        bad = _bad_positions(batch, output)
         return {
             "loss_sum": str(float(output.loss_sum)),
             "num_tokens": int(output.num_tokens),
@@ -110,6 +112,7 @@ class BatchDumper:
             },
             "rows": [
                 {
+                    "sample_index": int(batch.sample_index[row]),
                     "sample_id": int(batch.sample_id[row]),
                     "source": self._source(int(batch.source_id[row])),
                     "text": self._decode(batch.tokens[row].tolist()),
@@ -122,6 +125,11 @@ class BatchDumper:
         return self._source_names[source_id] if 0 <= source_id < len(self._source_names) else source_id
 
 
+def _bad_positions(batch: TokenBatch, output: ObjectiveOutput) -> list[list[int]]:
+    """[row, position] of the labels whose loss is not finite."""
+    return (~torch.isfinite(output.token_loss) & batch.loss_mask).nonzero().tolist()
+
+
 def _arrays(batch: TokenBatch, output: ObjectiveOutput) -> dict[str, np.ndarray]:
     tensors: dict[str, Tensor | None] = {
         "tokens": batch.tokens,
@@ -131,6 +139,7 @@ def _arrays(batch: TokenBatch, output: ObjectiveOutput) -> dict[str, np.ndarray]
         "cu_seqlens": batch.cu_seqlens,
         "sample_id": batch.sample_id,
         "source_id": batch.source_id,
+        "sample_index": batch.sample_index,
         "token_loss": output.token_loss,
         "weight": output.weight,
         "score": output.score,

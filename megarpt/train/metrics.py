@@ -188,7 +188,7 @@ class MetricLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(is_finished=False)
+        self.close(is_finished=error is None)
 
     def _write(self, kind: str, values: Mapping[str, float], progress: Progress) -> None:
         assert self._file is not None
@@ -232,14 +232,15 @@ def kept_shares(loss_mask: np.ndarray, weight: np.ndarray) -> dict[str, float]:
 
 
 def decoded_sample(batch: TokenBatch, output: ObjectiveOutput, decode: Decode) -> str:
-    """The first row of a micro-batch as Markdown, kept tokens strong. A weight belongs to a label, so labels are shown."""
-    is_label = batch.loss_mask[0, :_SAMPLE_TOKENS].tolist()
+    """The first row with labels as Markdown, kept tokens strong. A weight belongs to a label, so labels are shown."""
+    row = int(batch.loss_mask.any(dim=1).int().argmax())  # rows may be padding
+    is_label = batch.loss_mask[row, :_SAMPLE_TOKENS].tolist()
     length = max((i + 1 for i, valid in enumerate(is_label) if valid), default=0)
-    labels = batch.labels[0, :length].tolist()
-    weight = output.weight[0, :length].tolist()
+    labels = batch.labels[row, :length].tolist()
+    weight = output.weight[row, :length].tolist()
     kept = [w if valid else 0.0 for w, valid in zip(weight, is_label[:length], strict=True)]
     head = (
-        f"source {int(batch.source_id[0])}, sample {int(batch.sample_id[0])}: "
+        f"source {int(batch.source_id[row])}, sample {int(batch.sample_id[row])}: "
         f"{sum(w > 0 for w in kept)} of {sum(is_label)} tokens kept (bold)"
     )
     return f"{head}\n\n{mark_kept(token_pieces(decode, labels), kept)}"

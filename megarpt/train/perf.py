@@ -131,8 +131,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def host_memory(folder: Path) -> dict[str, float]:
-    """Resident memory of this process and free space where the run is written, in bytes."""
-    return {
-        "mem/host_rss_bytes": float(psutil.Process().memory_info().rss),
-        "mem/disk_free_bytes": float(shutil.disk_usage(folder).free),
-    }
+    """Resident memory of this process and, on hosts that have the run folder, free space where the run is written; bytes."""
+    tags = {"mem/host_rss_bytes": float(psutil.Process().memory_info().rss)}
+    if folder.exists():
+        tags["mem/disk_free_bytes"] = float(shutil.disk_usage(folder).free)
+    return tags

@@ -14,12 +14,14 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from megarpt.structs import StepReport
 
 logger = logging.getLogger(__name__)
 
+_BAR_WIDTH = 8  # with it, everything a training step shows fits into 80 columns
 _DRAW_INTERVAL_S = 0.2
 _RATE_SPACING_S = 0.5  # one point of the rate's window
 _RATE_POINTS = 60
@@ -69,10 +71,10 @@ class ProgressLine:
         self._task = TaskID(0)
         if is_writer and console is not None:
             self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ignore")),
+                BarColumn(bar_width=_BAR_WIDTH),
+                TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True, overflow="ignore")),
+                TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="crop")),
                 console=console,
                 auto_refresh=False,
             )
@@ -135,18 +137,26 @@ class ProgressLine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def status(self) -> str:
-        """Everything but description and percentage."""
-        parts = [f"{compact(self._completed)}/{compact(self._total)} {self._unit}", f"{compact(self.rate)} {self._unit}/s"]
+    def status(self, width: int | None = None) -> str:
+        """Rate, time left, fields and the count, as many of them as fit into `width` characters."""
+        parts = [f"{compact(self.rate)} {self._unit}/s"]
         if self.seconds_left is not None:
             parts.append(f"{clock_time(self.seconds_left)} left")
         parts += [f"{name} {value}" for name, value in self._fields.items()]
-        return "  ".join(parts)
+        parts.append(f"{compact(self._completed)}/{compact(self._total)} {self._unit}")
+        text = ""
+        for part in parts:
+            longer = f"{text}  {part}" if text else part
+            if width is None or len(longer) <= width:
+                text = longer
+        return text
 
     def _show(self, now: float) -> None:
         self._shown_at, self._shown_completed = now, self._completed
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._completed, status=self.status())
+            taken = max(len(task.description) for task in self._bar.tasks) + _BAR_WIDTH + len(" 100%") + 2
+            status = self.status(self._bar.console.width - taken)
+            self._bar.update(self._task, completed=self._completed, status=status)
             self._bar.refresh()
         else:
             share = self._completed / self._total if self._total else 1.0
@@ -180,7 +190,6 @@ def compact(number: float) -> str:
 
 
 def clock_time(seconds: float) -> str:
-    """1:02:03, or 2d 03:04:05."""
+    """1:02:03, or 2d 3h when it takes days."""
     days, rest = divmod(round(seconds), 86400)
-    text = f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"
-    return f"{days}d {text}" if days else text
+    return f"{days}d {rest // 3600}h" if days else f"{rest // 3600}:{rest % 3600 // 60:02d}:{rest % 60:02d}"

@@ -164,10 +164,16 @@ class RunDir:
         return self.path / "dumps"
 
     def record(self, progress: Progress, checkpoint: Path | None = None) -> None:
-        """Remember where the run stands, for `exit.json`; costs nothing. `checkpoint` is the newest complete one, if new."""
+        """Remember where the run stands, for `exit.json`; costs nothing unless there is a new complete `checkpoint`.
+
+        A checkpoint is written down at once, so that a killed attempt shows how far it came. A resumed attempt records the
+        checkpoint it starts from.
+        """
         self._progress = progress
         if checkpoint is not None:
             self._checkpoint = checkpoint
+            if self.is_writer and not self._is_finished:
+                self._write_exit("running", None, "")
 
     def finish(self, status: Status, message: str = "", *, exit_code: int | None = None) -> None:
         """Write the verdict of this attempt to `exit.json`. The first verdict counts."""

@@ -23,6 +23,7 @@ _TOKEN_AXIS_GROUPS = ("train/", "valid/", "select/", "data/")
 _HPARAM_SECTIONS = ("model", "data", "batch", "optimizer", "objective", "train")
 _FLUSH_S = 10
 _QUEUE = 1000
+_BINS = 64
 
 # Multiline entries are regular expressions over tags; a margin chart takes value, lower and upper.
 _LAYOUT: Mapping[str, Mapping[str, list[Any]]] = {
@@ -84,7 +85,7 @@ class TensorBoardSink:
 
     def histogram(self, tag: str, values: np.ndarray, progress: Progress) -> None:
         """Distribution of finite numbers."""
-        self._by_step.add_histogram(tag, values, progress.step, bins="auto" if values.size < 64 else 64)
+        self._by_step.add_histogram(tag, values.astype(np.float64), progress.step, bins=_BINS)
 
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         """Markdown; raw HTML other than simple formatting is removed by TensorBoard."""

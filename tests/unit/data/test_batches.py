@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megarpt.data.batches import TokenBatches, assemble, evaluation_batches
+from megarpt.data.batches import TokenBatches, assemble, evaluation_batches, to_device
 from megarpt.data.windows import WindowDataset
 from megarpt.errors import ConfigError, DataError
 from megarpt.structs import TokenBatch
@@ -210,6 +210,12 @@ def test_close_ends_the_reader(make: Callable[..., TokenBatches]) -> None:
         batches.next_step()
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def test_every_tensor_goes_to_the_device(make: Callable[..., TokenBatches]) -> None:
+    batch = to_device(make().next_step()[0], torch.device("meta"))
+    tensors = [getattr(batch, field.name) for field in fields(TokenBatch) if field.name != "streams"]
+    assert {tensor.device.type for tensor in [*tensors, *batch.streams.values()]} == {"meta"}
 
 
 def test_padding_rows_train_nothing(datasets: list[WindowDataset]) -> None:

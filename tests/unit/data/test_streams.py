@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megarpt.corpus.manifest import SidecarManifest
 from megarpt.data.windows import WindowDataset
 from megarpt.errors import DataError
 from megarpt.testing.tiny import label_values, write_corpus, write_sidecar
@@ -55,7 +56,7 @@ def test_first_tokens_need_values_when_documents_are_not_kept_apart(tmp_path: Pa
 def test_sidecar_made_for_other_windows(tmp_path: Path, different: dict) -> None:
     dataset = corpus(tmp_path)
     prefix = sidecar(tmp_path, dataset, label_values(DOCUMENTS), **different)
-    with pytest.raises(DataError, match=next(iter(different))):
+    with pytest.raises(DataError, match=rf"nll\.json: .*{next(iter(different))}: got"):
         dataset.add_stream("ref_nll", prefix)
 
 
@@ -63,7 +64,15 @@ def test_sidecar_of_another_corpus(tmp_path: Path) -> None:
     other = corpus(tmp_path, "other", [[9, 9, 9, 9], [5, 6, 7], [8, 9, 10, 11, 12]])
     prefix = sidecar(tmp_path, other, label_values(DOCUMENTS))
     dataset = corpus(tmp_path)
-    with pytest.raises(DataError, match="nll"):
+    with pytest.raises(DataError, match=r"nll\.json: .*corpus_bin_sha256: got"):
+        dataset.add_stream("ref_nll", prefix)
+
+
+def test_sidecar_of_another_tokenizer(tmp_path: Path) -> None:
+    dataset = corpus(tmp_path)
+    prefix = sidecar(tmp_path, dataset, label_values(DOCUMENTS))
+    SidecarManifest.load(prefix).model_copy(update={"tokenizer_sha256": "0" * 64}).save(prefix)
+    with pytest.raises(DataError, match=r"nll\.json: .*tokenizer_sha256: got 000000000000"):
         dataset.add_stream("ref_nll", prefix)
 
 
@@ -74,13 +83,28 @@ def test_sidecar_with_other_lengths(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"got length 5 for sequence 0, expected 4"):
         dataset.add_stream("ref_nll", sidecar(tmp_path, dataset, [values[:5], values[5:7], values[7:]]))
     with pytest.raises(DataError, match="got 2 sequences, expected 3"):
-        dataset.add_stream("ref_nll", sidecar(tmp_path, dataset, [values[:7], values[7:]]))
+        dataset.add_stream("ref_nll", sidecar(tmp_path, dataset, [values[:7], [], values[7:]]))
 
 
 def test_sidecar_that_is_not_fp32(tmp_path: Path) -> None:
     dataset = corpus(tmp_path)
     with pytest.raises(DataError, match="expected float32"):
         dataset.add_stream("ref_nll", sidecar(tmp_path, dataset, label_values(DOCUMENTS), dtype=np.float64))
+
+
+def test_sidecar_of_another_stream(tmp_path: Path) -> None:
+    dataset = corpus(tmp_path)
+    with pytest.raises(DataError, match="got a sidecar of stream 'ref_nll', expected 'rpt_mask'"):
+        dataset.add_stream("rpt_mask", sidecar(tmp_path, dataset, label_values(DOCUMENTS)))
+
+
+def test_truncated_sidecar(tmp_path: Path) -> None:
+    dataset = corpus(tmp_path)
+    prefix = Path(sidecar(tmp_path, dataset, label_values(DOCUMENTS)))
+    whole = prefix.with_suffix(".bin").read_bytes()
+    prefix.with_suffix(".bin").write_bytes(whole[:-4])
+    with pytest.raises(DataError, match=r"nll\.bin: got 44 bytes, expected 48"):
+        dataset.add_stream("ref_nll", str(prefix))
 
 
 def test_missing_sidecar(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megarpt.data.windows import Window, WindowDataset
 from megarpt.errors import DataError
@@ -88,7 +89,12 @@ def test_document_that_begins_with_a_window(tmp_path: Path) -> None:
 
 def test_several_sequences_per_document_are_one_document(tmp_path: Path) -> None:
     """Megatron's --split-sentences writes such files; sentences of a document are not kept apart."""
-    write_corpus(tmp_path / "c", [[1, 2, 3, 4, 5], [6, 7, 8, 9]], vocab_size=VOCAB, sequence_lengths=[[2, 3], [1, 0, 3]])
+    documents, lengths = [[1, 2, 3, 4, 5], [6, 7, 8, 9], []], [[2, 3], [1, 3], []]
+    write_corpus(tmp_path / "c", documents, vocab_size=VOCAB)
+    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.uint16)
+    for document, parts in zip(documents, lengths, strict=True):
+        builder.add_document(np.array(document), parts)
+    builder.finalize(str(tmp_path / "c.idx"))
     assert open_windows(tmp_path / "c", 8)[0].segment_lengths.tolist() == [5, 3]
 
 

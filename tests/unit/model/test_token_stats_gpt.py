@@ -63,9 +63,7 @@ def test_equals_plain_torch(cpu_runtime: Runtime, one_rank: ProcessGroups, token
     stats.logprob.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(network.output_layer.weight.grad, plain.head.weight.grad, rtol=0, atol=2e-5)
-    torch.testing.assert_close(
-        network.embedding.word_embeddings.weight.grad, plain.embedding.weight.grad, rtol=0, atol=2e-5
-    )
+    torch.testing.assert_close(network.embedding.word_embeddings.weight.grad, plain.embedding.weight.grad, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "gpt2-124m"])
@@ -151,7 +149,9 @@ def test_sampling_respects_top_k_and_top_p() -> None:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5)])
-def test_dense_attention_is_aligned_bottom_right(cpu_runtime: Runtime, one_rank: ProcessGroups, queries: int, keys: int) -> None:
+def test_dense_attention_is_aligned_bottom_right(
+    cpu_runtime: Runtime, one_rank: ProcessGroups, queries: int, keys: int
+) -> None:
     network = make_network(one_rank)
     attention = network.decoder.layers[0].self_attention.core_attention
     assert isinstance(attention, SdpaCoreAttention)

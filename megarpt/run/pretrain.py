@@ -1,0 +1,162 @@
+"""`megarpt pretrain`: every object of a run, built once, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import torch
+
+from megarpt.config.schema import PretrainConfig
+from megarpt.config.validate import STREAM_OF_SCORER
+from megarpt.corpus.tokenizers import load_tokenizer
+from megarpt.data.build import build_eval_sets, build_train_batches
+from megarpt.device.runtime import Runtime
+from megarpt.errors import EXIT_OK, ConfigError
+from megarpt.log import terminal
+from megarpt.model.build import build_model, unwrap
+from megarpt.model.token_stats_gpt import count_parameters
+from megarpt.objectives.build import build_objective
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups
+from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.train.checkpoint import CheckpointManager
+from megarpt.train.checkpoint_files import latest_checkpoint
+from megarpt.train.dump import BatchDumper
+from megarpt.train.evaluation import evaluate
+from megarpt.train.metrics import MetricLog
+from megarpt.train.monitor import Monitor
+from megarpt.train.optimizer import build_optimizer
+from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
+from megarpt.train.progress import ProgressLine
+from megarpt.train.reference import OnlineReference
+from megarpt.train.rundir import RunDir
+from megarpt.train.signals import StopSignal
+from megarpt.train.state import TrainState
+from megarpt.train.step import TrainStep
+from megarpt.train.trainer import Trainer
+from megarpt.train.weights import load_weights
+from megarpt.train.weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+
+def run(cfg: PretrainConfig, runtime: Runtime) -> int:
+    """Train to the end of the configuration; the exit code. Errors say theirs by themselves."""
+    layout = ParallelLayout.resolve(cfg.parallel, runtime.world_size)
+    groups = layout.initialize(cfg.run.seed)
+    is_writer = runtime.rank == 0
+    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
+    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
+    with (
+        RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=is_writer) as folder,
+        StopSignal(runtime) as stop,
+    ):
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        torch.manual_seed(cfg.run.seed)
+        model = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
+        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+        objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
+        reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
+        batches = build_train_batches(
+            cfg,
+            tokenizer,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
+            device=runtime.device,
+            streams=() if reference else objective.streams,
+        )
+        eval_sets = build_eval_sets(cfg, tokenizer)
+        checkpoints = CheckpointManager(
+            folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
+        )
+        state = checkpoints.load_latest(model, optimizer, scheduler)
+        if state is not None:
+            batches.load_state_dict(state.data)
+            objective.load_state_dict(state.selection)
+        elif cfg.model.init_from is not None:
+            load_weights(cfg.model.init_from, model, tokenizer_sha256=tokenizer.sha256)
+            optimizer.reload_model_params()
+        if is_writer:
+            keep_tokenizer(folder.path, cfg.data.tokenizer)
+        resume = state.progress if state else None
+        parameters = count_parameters(model)
+        logger.info(
+            "%s: %s parameters on %s, %d ranks; %s",
+            folder.path,
+            f"{parameters:,}",
+            runtime.device_name,
+            runtime.world_size,
+            f"resuming at step {resume.step}" if resume else "starting",
+        )
+        with (
+            batches,
+            MetricLog.open(folder, cfg, resume=resume) as log,
+            ProgressLine(
+                "train",
+                cfg.train.train_tokens,
+                completed=resume.tokens_seen if resume else 0,
+                console=terminal(),
+                is_writer=is_writer,
+            ) as line,
+        ):
+            trainer = Trainer(
+                cfg,
+                TrainStep(model, objective, optimizer, scheduler, groups, seq_length=cfg.data.seq_length, annotate=reference),
+                batches,
+                state or TrainState(),
+                evaluate=partial(
+                    evaluate,
+                    model,
+                    eval_sets,
+                    groups,
+                    runtime.device,
+                    micro_batch_size=cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size,
+                    max_tokens=cfg.evaluation.max_tokens,
+                ),
+                save=partial(checkpoints.save, model=model, optimizer=optimizer, scheduler=scheduler),
+                monitor=Monitor(
+                    log,
+                    line,
+                    _perf_meter(cfg, runtime, model, folder),
+                    BatchDumper(folder.dump_dir, runtime.rank, tokenizer.decode, source_names=[s.path for s in cfg.data.train]),
+                    tokenizer.decode,
+                ),
+                run=folder,
+                stop=stop,
+            )
+            end = trainer.fit()
+        folder.finish("finished", f"{end.progress.step} steps")
+    return EXIT_OK
+
+
+def _online_reference(
+    cfg: PretrainConfig, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups, tokenizer_sha256: str
+) -> OnlineReference | None:
+    """The reference model, when it scores during training instead of beforehand.
+
+    Raises:
+        ConfigError: it was trained with another tokenizer, so that its losses belong to other tokens.
+    """
+    if cfg.objective.reference is None:
+        return None
+    reference = load_pretrained(cfg.objective.reference.checkpoint, runtime, layout, groups)
+    if reference.tokenizer.sha256 != tokenizer_sha256:
+        raise ConfigError(
+            f"objective.reference.checkpoint: {reference.checkpoint} was trained with tokenizer "
+            f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
+            "losses of different tokens cannot be compared: train a reference with this tokenizer"
+        )
+    return OnlineReference(reference.network, [STREAM_OF_SCORER[cfg.objective.scorer]])
+
+
+def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, folder: RunDir) -> PerfMeter:
+    network = unwrap(model)
+    width = network.config.num_attention_heads * network.config.kv_channels
+    return PerfMeter(
+        world_size=runtime.world_size,
+        flops_per_token=flops_per_token(
+            count_parameters(network, multiplying_only=True), network.config.num_layers, width, cfg.data.seq_length
+        ),
+        peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
+        memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},
+    )

@@ -1,0 +1,50 @@
+"""What a run shows and records while it goes: metrics, progress line, speed, dumps, the run folder's verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from megarpt.objectives.base import ObjectiveOutput
+from megarpt.structs import Progress, StepReport, TokenBatch
+from megarpt.train.dump import BatchDumper
+from megarpt.train.metrics import MetricLog
+from megarpt.train.perf import Phase, PerfMeter
+from megarpt.train.progress import ProgressLine, step_fields
+from megarpt.train.reports import EvaluationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Monitor:
+    """The observers of a run, told about each step, evaluation and save on every rank; each decides what it writes."""
+
+    log: MetricLog
+    line: ProgressLine
+    perf: PerfMeter
+    dumper: BatchDumper
+    decode: Callable[[Sequence[int]], str]
+
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Around an evaluation or a save, so that it does not count as training time."""
+        return self.perf.phase(name)
+
+    def step(
+        self, report: StepReport, progress: Progress, tokens: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]]
+    ) -> None:
+        """After a step that fed `tokens` tokens; `work` holds this rank's micro-batches and what the objective said of them."""
+        self.perf.count_tokens(tokens)
+        due = self.log.is_due(progress.step) or report.skipped
+        extra = self.perf.scalars() if due else {}
+        self.log.step(report, progress, extra)
+        self.line.update(progress.tokens_seen, step_fields(report, extra.get("mem/peak_bytes")))
+        if report.skipped:
+            self.dumper.dump(progress.step, work, report)
+        elif self.log.wants_tokens(progress.step):
+            self.log.tokens(*work[0], self.decode, progress)
+
+    def evaluation(self, results: Mapping[str, EvaluationResult], progress: Progress) -> None:
+        """After all held-out corpora were evaluated."""
+        self.log.evaluation(results, progress)
+        fields = {f"valid/{name}": f"{result.loss_nats:.4f}" for name, result in results.items()}
+        self.line.update(progress.tokens_seen, fields)

@@ -1,0 +1,115 @@
+"""When things happen in a run; what a step is stands in `step.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from megarpt.config.schema import PretrainConfig
+from megarpt.data.batches import TokenBatches
+from megarpt.errors import NumericsError, StopRequested
+from megarpt.structs import Progress
+from megarpt.train.monitor import Monitor
+from megarpt.train.reports import EvaluationResult
+from megarpt.train.rundir import RunDir
+from megarpt.train.signals import StopSignal
+from megarpt.train.state import TrainState
+from megarpt.train.step import TrainStep
+
+
+class Trainer:
+    """Steps, evaluations and checkpoints until the configured number of tokens has been seen."""
+
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        step: TrainStep,
+        batches: TokenBatches,
+        state: TrainState,
+        *,
+        evaluate: Callable[[], Mapping[str, EvaluationResult]],
+        save: Callable[[TrainState], Path],
+        monitor: Monitor,
+        run: RunDir,
+        stop: StopSignal,
+    ) -> None:
+        self.cfg, self.step, self.batches, self.state = cfg, step, batches, state
+        self._evaluate, self._save = evaluate, save
+        self.monitor, self.run, self.stop = monitor, run, stop
+        self.step_samples = cfg.batch.global_batch_size
+        self.step_tokens = self.step_samples * cfg.data.seq_length
+        self.total_steps = -(-cfg.train.train_tokens // self.step_tokens)
+        self.evaluated_at: int | None = None
+        self.saved_at: int | None = None
+
+    def fit(self) -> TrainState:
+        """Train to the end.
+
+        Raises:
+            StopRequested: a signal asked for it; a checkpoint was saved.
+            NumericsError: too many steps in a row were not finite; the checkpoints are those from before.
+        """
+        cfg, start = self.cfg, self.state.progress.step
+        self.saved_at = self.evaluated_at = start if start > 0 else None
+        if start == 0 and cfg.evaluation.at_start:
+            self.evaluate()
+        while self.state.progress.step < self.total_steps:
+            if self.stop.agreed():
+                self.save()
+                raise StopRequested(
+                    f"stopped on {self.stop.name} at step {self.state.progress.step}; run the same command again"
+                )
+            self.train_step()
+            step = self.state.progress.step
+            if _every(cfg.evaluation.interval_steps, step):
+                self.evaluate()
+            if _every(cfg.checkpoint.interval_steps, step):
+                self.save()
+        if self.evaluated_at != self.state.progress.step:
+            self.evaluate()
+        if self.saved_at != self.state.progress.step:
+            self.save()
+        return self.state
+
+    def train_step(self) -> None:
+        """One optimizer step and its record."""
+        with self.monitor.perf.step():
+            with self.monitor.perf.data_wait():
+                micro_batches = self.batches.next_step()
+            report = self.step(micro_batches, self.state.progress)
+        self.state = self.state.after_step(report, samples=self.step_samples, tokens_seen=self.step_tokens)
+        self.run.record(self.state.progress)
+        self.monitor.step(report, self.state.progress, self.step_tokens, self.step.outputs)
+        if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
+            raise NumericsError(
+                f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row (up to step "
+                f"{self.state.progress.step}), expected at most train.max_skipped_steps = {self.cfg.train.max_skipped_steps}; "
+                f"the batches are in {self.run.dump_dir}, the checkpoints in {self.run.checkpoint_dir} are intact: "
+                "lower optimizer.lr or look at the dumped text, then run again"
+            )
+
+    def evaluate(self) -> None:
+        """Held-out loss of all corpora, on all tokens."""
+        with self.monitor.phase("evaluation"):
+            results = self._evaluate()
+        self.monitor.evaluation(results, self.state.progress)
+        self.evaluated_at = self.state.progress.step
+
+    def save(self) -> None:
+        """A checkpoint, with its metrics on disk before it."""
+        self.monitor.log.flush()
+        with self.monitor.phase("save"):
+            state = replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict())
+            path = self._save(state)
+        self.run.record(self.state.progress, path)
+        self.saved_at = self.state.progress.step
+
+    @property
+    def progress(self) -> Progress:
+        """Where the run stands."""
+        return self.state.progress
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,145 @@
+import pytest
+
+from megarpt.config import validate
+from megarpt.config.schema import PretrainConfig
+from megarpt.errors import ConfigError
+
+STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref"}}]}
+RHO1 = {"objective.scorer": "excess_loss", "objective.weighting": "top_fraction", "objective.fraction": 0.6}
+WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_tokens": 100}
+REFERENCE = {"objective.reference": {"checkpoint": "runs/ref"}}
+
+
+def make(**values):
+    """A small valid configuration with some keys replaced."""
+    tree = {
+        "run": {"dir": "runs/x"},
+        "data": {"tokenizer": "bytes", "train": [{"path": "a"}], "seq_length": 16},
+        "train": {"train_tokens": 1000},
+    }
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = tree
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return PretrainConfig.model_validate(tree)
+
+
+# rule -> values that break it, and the key its message must begin with
+BREAKS = [
+    (validate.global_batch_is_whole_micro_batches, {"batch.global_batch_size": 12}, "batch.global_batch_size"),
+    (validate.min_lr_is_below_lr, {"optimizer.lr": 1e-5}, "optimizer.min_lr"),
+    (validate.warmup_ends_before_decay, {"optimizer.lr_warmup_tokens": 1000}, "optimizer.lr_warmup_tokens"),
+    (
+        validate.warmup_ends_before_decay,
+        {"optimizer.lr_warmup_tokens": 500, "optimizer.lr_decay_tokens": 500},
+        "optimizer.lr_warmup_tokens",
+    ),
+    (
+        validate.constant_has_no_decay,
+        {"optimizer.lr_decay_style": "constant", "optimizer.lr_decay_tokens": 10},
+        "optimizer.lr_decay_tokens",
+    ),
+    (validate.wsd_has_a_decay, {"optimizer.lr_decay_style": "WSD"}, "optimizer.lr_wsd_decay_tokens"),
+    (
+        validate.wsd_fits,
+        {**WSD, "optimizer.lr_wsd_decay_tokens": 901, "optimizer.lr_warmup_tokens": 100},
+        "optimizer.lr_wsd_decay_tokens",
+    ),
+    (validate.wsd_tokens_need_wsd, {"optimizer.lr_wsd_decay_tokens": 5}, "optimizer.lr_wsd_decay_tokens"),
+    (validate.wsd_style_needs_wsd, {"optimizer.lr_wsd_decay_style": "cosine"}, "optimizer.lr_wsd_decay_style"),
+    (validate.top_fraction_has_a_scorer, {"objective.weighting": "top_fraction"}, "objective.scorer"),
+    (validate.scorer_is_used, {"objective.scorer": "loss"}, "objective.scorer"),
+    (validate.fraction_is_used, {"objective.fraction": 0.5}, "objective.fraction"),
+    (validate.scope_is_used, {"objective.scope": "sequence"}, "objective.scope"),
+    (validate.reference_is_used, REFERENCE, "objective.reference"),
+    (validate.reference_is_used, {**RHO1, "objective.scorer": "loss", **REFERENCE}, "objective.reference"),
+    (validate.reference_losses_have_one_origin, RHO1, "data.train.0.streams"),
+    (
+        validate.reference_losses_have_one_origin,
+        {**RHO1, "data.train": [*STREAMS["data.train"], {"path": "b"}]},
+        "data.train.1.streams",
+    ),
+    (
+        validate.reference_losses_have_one_origin,
+        {**RHO1, **STREAMS, "objective.scorer": "reference_entropy"},
+        "data.train.0.streams",
+    ),
+    (validate.reference_losses_have_one_origin, {**RHO1, **STREAMS, **REFERENCE}, "data.train.0.streams.ref_nll"),
+    (validate.streams_are_known, {"data.train": [{"path": "a", "streams": {"ref_nnl": "x"}}]}, "data.train.0.streams.ref_nnl"),
+    (validate.held_out_names_are_plain, {"data.valid": {"a/b": "x"}}, "data.valid.a/b"),
+    (validate.evaluation_has_corpora, {"evaluation.interval_steps": 5}, "evaluation.interval_steps"),
+    (validate.evaluation_has_corpora, {"evaluation.max_tokens": 5}, "evaluation.max_tokens"),
+    (validate.evaluation_has_corpora, {"evaluation.micro_batch_size": 5}, "evaluation.micro_batch_size"),
+    (validate.kept_checkpoints_are_saved, {"checkpoint.keep_every_steps": 5}, "checkpoint.keep_every_steps"),
+    (
+        validate.kept_checkpoints_are_saved,
+        {"checkpoint.keep_every_steps": 5, "checkpoint.interval_steps": 2},
+        "checkpoint.keep_every_steps",
+    ),
+    (
+        validate.pipeline_parallel_is_supported,
+        {"parallel.pipeline_model_parallel_size": 2},
+        "parallel.pipeline_model_parallel_size",
+    ),
+    (validate.context_parallel_is_supported, {"parallel.context_parallel_size": 2}, "parallel.context_parallel_size"),
+    (validate.sequence_parallel_has_tensor_parallel, {"parallel.sequence_parallel": True}, "parallel.sequence_parallel"),
+    (
+        validate.sequence_parallel_divides_the_tokens,
+        {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 3},
+        "parallel.sequence_parallel",
+    ),
+    (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"bf16": True}}, "model.mcore.bf16"),
+    (validate.mcore_optimizer_keys_are_not_ours, {"optimizer.mcore": {"lr": 1.0}}, "optimizer.mcore.lr"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "key"), BREAKS, ids=[f"{rule.__name__}-{i}" for i, (rule, _, _) in enumerate(BREAKS)]
+)
+def test_every_rule_fires(rule, values, key):
+    message = rule(make(**values))
+    assert message is not None and message.startswith(f"{key}: ")
+    assert message in validate.problems(make(**values))
+
+
+def test_no_rule_is_without_a_test_that_breaks_it():
+    assert set(validate.RULES) == {rule for rule, _, _ in BREAKS}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {**RHO1, **STREAMS},
+        {**RHO1, **REFERENCE},
+        {**RHO1, **STREAMS, "objective.scorer": "random"},  # an ablation keeps its data section
+        {**RHO1, **STREAMS, "objective.fraction": 1.0},
+        {**RHO1, "objective.scorer": "loss", "objective.scope": "sequence"},
+        {**WSD, "optimizer.lr_wsd_decay_style": "minus_sqrt"},
+        {**WSD, "optimizer.lr_wsd_decay_tokens": 900, "optimizer.lr_warmup_tokens": 100},
+        {"optimizer.lr_decay_tokens": 500},
+        {"optimizer.lr_decay_style": "constant"},
+        {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 2},
+        {"checkpoint.keep_every_steps": 6, "checkpoint.interval_steps": 2},
+        {"data.valid": {"clean-docs_2": "x"}, "evaluation.interval_steps": 5},
+        {"model.mcore": {"num_layers": 2}, "optimizer.mcore": {"overlap_param_gather": False}},
+    ],
+    ids=str,
+)
+def test_what_is_right_passes(values):
+    assert validate.problems(make(**values)) == []
+
+
+def test_all_rules_report_not_only_the_first():
+    found = validate.problems(
+        make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5, "parallel.context_parallel_size": 2})
+    )
+    assert len(found) == 3
+
+
+def test_check_raises_one_error_with_everything():
+    validate.check(make())
+    with pytest.raises(ConfigError, match=r"(?s)2 mistakes.*batch\.global_batch_size.*optimizer\.min_lr"):
+        validate.check(make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5}))

@@ -1,0 +1,297 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megarpt import __version__, cli
+from megarpt.config.load import load_config
+from megarpt.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = "run: {dir: runs/x}\ndata: {tokenizer: bytes, train: [{path: a}]}\ntrain: {train_tokens: 1000}\n"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, logging_as_before):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return str(path)
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Put a stand-in for `megarpt.run.<name>` in place; returns the list of what it is called with.
+
+    The device is a stand-in too: `stage.machine` notes what is started and closed.
+    """
+    machine = []
+
+    class FakeRuntime:
+        def close(self):
+            machine.append("closed")
+
+    def start(device):
+        machine.append(device)
+        return FakeRuntime()
+
+    monkeypatch.setattr("megarpt.device.runtime.start", start)
+
+    def put(name, result=0):
+        calls = []
+
+        def run(options, runtime):
+            assert isinstance(runtime, FakeRuntime)
+            calls.append(options)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        module = types.ModuleType(f"megarpt.run.{name}")
+        module.run = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(sys.modules["megarpt.run"], name, module, raising=False)
+        return calls
+
+    import megarpt.run  # noqa: F401  the parent package must be importable for the stand-ins to be found
+
+    put.machine = machine
+    return put
+
+
+def python(*code, **env):
+    return subprocess.run(
+        [sys.executable, *code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pretrain", "--help"], ["show-config", "CONFIG"], ["show-config", "--help-fields"]]
+)
+def test_light_commands_load_neither_torch_nor_megatron(arguments, config):
+    arguments = [config if each == "CONFIG" else each for each in arguments]
+    code = (
+        "import sys\nfrom megarpt.cli import main\n"
+        f"try: code = main({arguments!r})\nexcept SystemExit as stop: code = stop.code\n"
+        "heavy = {name.split('.')[0] for name in sys.modules} & {'torch', 'megatron', 'numpy'}\n"
+        "sys.exit(f'code {code}, loaded {heavy}' if code or heavy else 0)"
+    )
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_python_dash_m(config):
+    result = python("-m", "megarpt", "show-config", config, "run.seed=7")
+    assert result.returncode == 0, result.stderr
+    assert "seed: 7" in result.stdout and result.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "score", "evaluate", "generate", "show-config", "doctor"])
+def test_every_command_has_help_with_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert f"example:\n  megarpt {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"megarpt {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "required: COMMAND"),
+        (["bananas"], "invalid choice"),
+        (["score"], "required: --reference, --corpus"),
+        (["pretrain"], "required: CONFIG.yaml"),
+        (["pretrain", "c.yaml", "--optimizer.lr=3"], "without dashes"),
+        (["doctor", "extra"], "unrecognized arguments: extra"),
+        (["doctor", "a=b"], "unrecognized arguments: a=b"),
+        (["generate", "r", "--prompt", "x", "--top-k", "many"], "invalid int value"),
+    ],
+)
+def test_mistakes_on_the_command_line_exit_with_the_config_code(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == EXIT_CONFIG
+    assert words in capsys.readouterr().err
+
+
+def test_show_config_prints_what_can_be_loaded_again(config, tmp_path, capsys):
+    assert cli.main(["show-config", config, "optimizer.lr=1e-3"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_config(again) == load_config(config, ["optimizer.lr=1e-3"])
+
+
+def test_show_config_hash_is_that_of_the_values(config, capsys):
+    cli.main(["show-config", config, "--hash"])
+    first = capsys.readouterr().out
+    cli.main(["show-config", config, "--hash", "run.seed=1234"])
+    assert capsys.readouterr().out == first and len(first.strip()) == 64
+
+
+def test_show_config_help_fields(capsys):
+    assert cli.main(["show-config", "--help-fields"]) == 0
+    assert "optimizer.lr: number = 0.0003\n    Peak learning rate." in capsys.readouterr().out
+
+
+def test_show_config_wants_something(capsys):
+    assert cli.main(["show-config"]) == EXIT_CONFIG
+    assert "--help-fields" in capsys.readouterr().err
+
+
+def test_pretrain_gets_the_resolved_configuration_and_its_code_is_ours(config, stage):
+    calls = stage("pretrain", result=75)
+    assert cli.main(["pretrain", config, "run.seed=5", "-v", "run.device=cpu"]) == 75
+    assert calls[0].run.seed == 5 and calls[0].run.device == "cpu"
+
+
+def test_the_process_group_is_left_after_success_and_not_after_an_error(config, stage):
+    stage("pretrain")
+    cli.main(["pretrain", config, "run.device=cpu"])
+    assert stage.machine == ["cpu", "closed"]
+    stage("pretrain", result=DataError("corpus: truncated"))
+    cli.main(["pretrain", config])
+    assert stage.machine == ["cpu", "closed", "auto"]
+
+
+def test_a_wrong_configuration_never_reaches_the_run(config, stage, capsys):
+    calls = stage("pretrain")
+    assert cli.main(["pretrain", config, "run.sed=5"]) == EXIT_CONFIG
+    error = capsys.readouterr().err
+    assert calls == [] and stage.machine == [] and "did you mean run.seed?" in error and "Traceback" not in error
+
+
+def test_pretrain_checks_the_batch_against_torchruns_world(config, stage, monkeypatch, capsys):
+    calls = stage("pretrain")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["pretrain", config]) == EXIT_CONFIG
+    assert "expected a multiple of 24" in capsys.readouterr().err and calls == []
+
+
+def test_score_options(stage):
+    calls = stage("score")
+    assert cli.main(["score", "--reference", "runs/ref", "--corpus", "data/mix"]) == 0
+    assert calls[0].prefixes() == {"ref_nll": "data/mix_ref_nll"}
+    assert calls[0].seq_length is None and calls[0].separate_documents and calls[0].device == "auto"
+    arguments = [
+        "--streams",
+        "ref_nll, ref_entropy",
+        "--seq-length",
+        "64",
+        "--no-separate-documents",
+        "--micro-batch-size",
+        "2",
+    ]
+    cli.main(["score", "--reference", "r", "--corpus", "c", "--output-prefix", "o", *arguments, "--device", "cpu"])
+    assert calls[1].prefixes() == {"ref_nll": "o_ref_nll", "ref_entropy": "o_ref_entropy"}
+    assert (calls[1].seq_length, calls[1].micro_batch_size, calls[1].separate_documents) == (64, 2, False)
+
+
+def test_evaluate_options(stage):
+    calls = stage("evaluate", result=None)
+    assert cli.main(["evaluate", "r", "--corpus", "a=x", "--corpus", "b=y=z", "--max-tokens", "9", "--output", "json"]) == 0
+    assert calls[0].corpora == {"a": "x", "b": "y=z"} and calls[0].max_tokens == 9 and calls[0].output == "json"
+
+
+def test_generate_options(stage):
+    calls = stage("generate")
+    cli.main(["generate", "r", "--prompt", "hello", "--temperature", "0", "--top-k", "5", "--top-p", "0.5", "--seed", "3"])
+    options = calls[0]
+    assert (options.prompt, options.temperature, options.top_k, options.top_p, options.seed) == ("hello", 0.0, 5, 0.5, 3)
+    assert options.max_new_tokens == 64 and options.num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["score", "--reference", "r", "--corpus", "c", "--streams", "ref_nnl"], "expected 'ref_nll' or 'ref_entropy'"),
+        (["score", "--reference", "r", "--corpus", "c", "--seq-length", "0"], "seq_length: got 0"),
+        (["evaluate", "r", "--corpus", "x"], "expected NAME=PREFIX"),
+        (["evaluate", "r", "--corpus", "a=x", "--corpus", "a=y"], "given twice"),
+        (["generate", "r", "--prompt", "x", "--top-p", "2", "--num-samples", "0"], "2 mistakes"),
+    ],
+)
+def test_wrong_options_exit_with_the_config_code(arguments, words, stage, capsys):
+    calls = [stage(name) for name in ("score", "evaluate", "generate")]
+    assert cli.main(arguments) == EXIT_CONFIG
+    assert words in capsys.readouterr().err and not any(calls)
+
+
+@pytest.mark.parametrize("error", [DataError("corpus: truncated"), CheckpointError("a shard is missing")])
+def test_expected_errors_end_with_their_code_and_no_traceback(error, config, stage, capsys):
+    stage("pretrain", result=error)
+    assert cli.main(["pretrain", config]) == EXIT_DATA
+    assert capsys.readouterr().err == f"megarpt: {type(error).__name__}: {error}\n"
+
+
+def test_verbose_shows_where_an_expected_error_was_raised(config, stage, capsys):
+    stage("pretrain", result=DataError("corpus: truncated"))
+    cli.main(["pretrain", config, "-v", "--log-format", "plain"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_ranks_do_not_repeat_configuration_errors_but_report_their_own(config, stage, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["pretrain", config, "run.sed=3"]) == EXIT_CONFIG
+    assert capsys.readouterr().err == ""
+    stage("pretrain", result=DataError("only here"))
+    assert cli.main(["pretrain", config, "batch.global_batch_size=16"]) == EXIT_DATA
+    assert "[rank 1]: DataError: only here" in capsys.readouterr().err
+
+
+def test_unexpected_exceptions_keep_their_traceback(config, stage):
+    stage("pretrain", result=ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["pretrain", config])
+
+
+def test_interrupting_is_not_a_crash(config, stage, capsys):
+    stage("pretrain", result=KeyboardInterrupt())
+    assert cli.main(["pretrain", config]) == 130
+    assert capsys.readouterr().err == "megarpt: interrupted\n"
+
+
+def test_a_world_that_is_no_number(config, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "one")
+    assert cli.main(["show-config", config]) == EXIT_CONFIG
+    assert "environment variable RANK: got 'one'" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_not_an_error(config):
+    command = f'"{sys.executable}" -m megarpt show-config --help-fields | true; exit ${{PIPESTATUS[0]}}'
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stderr == ""
+
+
+def test_json_log_lines(config, stage, capsys, monkeypatch):
+    def run(cfg, runtime):
+        logging.getLogger("megarpt.run").info("hello")
+        return 0
+
+    stage("pretrain")
+    monkeypatch.setattr(sys.modules["megarpt.run.pretrain"], "run", run)
+    assert cli.main(["--log-format", "json", "pretrain", config]) == 0
+    assert json.loads(capsys.readouterr().err)["message"] == "hello"
+
+
+def test_config_error_is_what_the_loader_raises(tmp_path):
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "missing.yaml")

@@ -1,0 +1,169 @@
+"""A whole training step against a plain PyTorch loop of the same model, data and seed, alternating in one process.
+
+    python tools/bench_step.py --precision fp32 bf16 --threads 1 --output bench_step.json
+
+Prints tokens per CPU second of both, their ratio, the largest loss difference, and the share of the limit: the time the matrix
+products alone take at the rate this machine reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from megarpt.device import runtime
+
+MACHINE = runtime.start("cpu")  # before anything that imports megatron-core
+
+from megarpt.config.schema import ObjectiveConfig  # noqa: E402
+from megarpt.model.build import build_model, unwrap  # noqa: E402
+from megarpt.objectives.build import build_objective  # noqa: E402
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups  # noqa: E402
+from megarpt.structs import Progress, TokenBatch  # noqa: E402
+from megarpt.testing.configs import tiny_config  # noqa: E402
+from megarpt.testing.plain_gpt import PlainGPT  # noqa: E402
+from megarpt.train.optimizer import build_optimizer  # noqa: E402
+from megarpt.train.step import TrainStep  # noqa: E402
+
+LR = 1e-3
+LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
+BATCH, SEQUENCE = 8, 512
+
+
+def make_batch(seed: int) -> TokenBatch:
+    """Random tokens, one document per sample."""
+    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
+    return TokenBatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=torch.ones(BATCH, SEQUENCE, dtype=torch.bool),
+        position_ids=torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
+        cu_seqlens=torch.arange(0, BATCH * SEQUENCE + 1, SEQUENCE, dtype=torch.int32),
+        sample_id=torch.arange(BATCH),
+        source_id=torch.zeros(BATCH, dtype=torch.int64),
+        sample_index=torch.arange(BATCH),
+    )
+
+
+def megarpt_step(groups: ProcessGroups, precision: str) -> tuple[Callable[[TokenBatch], float], dict[str, torch.Tensor]]:
+    """One step of megarpt, and the weights it starts from."""
+    cfg = tiny_config(
+        **{
+            "data.seq_length": SEQUENCE,
+            "train.train_tokens": 1 << 40,
+            "train.precision": precision,
+            "optimizer": {"lr": LR, "min_lr": LR, "lr_decay_style": "constant"},
+        }
+    )
+    torch.manual_seed(1)
+    model = build_model(cfg, ParallelLayout(1, 1), groups, MACHINE, vocab_size=VOCAB)
+    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+    step = TrainStep(model, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups, seq_length=SEQUENCE)
+    return lambda batch: step([batch], Progress()).loss_nats, unwrap(model).state_dict()
+
+
+def plain_step(weights: dict[str, torch.Tensor], precision: str, compiled: bool) -> Callable[[TokenBatch], float]:
+    """One step of a plain loop; bf16 through autocast, as such loops do."""
+    model = PlainGPT(VOCAB, LAYERS, HIDDEN, HEADS, KV_HEADS, FFN)
+    model.load_mcore(weights)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
+
+    def loss_of(batch: TokenBatch) -> torch.Tensor:
+        return F.cross_entropy(model(batch.tokens).flatten(0, 1).float(), batch.labels.flatten())
+
+    loss_function = torch.compile(loss_of) if compiled else loss_of
+
+    def step(batch: TokenBatch) -> float:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
+            loss = loss_function(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def product_seconds(precision: str) -> float:
+    """CPU seconds of the matrix products of one step, attention included, at this machine's measured rate."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(BATCH * SEQUENCE, HIDDEN, dtype=dtype), torch.randn(2 * FFN, HIDDEN, dtype=dtype)
+    best = min(_cpu_seconds(lambda: a @ b.t()) for _ in range(10))
+    rate = 2 * a.shape[0] * a.shape[1] * b.shape[0] / best
+    per_layer = HIDDEN * (2 * HIDDEN + 2 * KV_HEADS * HIDDEN // HEADS) + 3 * HIDDEN * FFN
+    tokens = BATCH * SEQUENCE
+    return 6 * tokens * (LAYERS * (per_layer + HIDDEN * SEQUENCE // 2) + HIDDEN * VOCAB) / rate
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool) -> dict[str, float | str]:
+    """Alternate the loops over the same batches."""
+    ours, weights = megarpt_step(groups, precision)
+    peers = {"plain": plain_step(weights, precision, False)}
+    if compiled:
+        peers["compiled"] = plain_step(weights, precision, True)
+    seconds: dict[str, list[float]] = {name: [] for name in ("megarpt", *peers)}
+    difference = 0.0
+    for i in range(steps + 2):
+        batch, losses = make_batch(i), {}
+        for name, step in {"megarpt": ours, **peers}.items():
+            start = time.process_time()
+            losses[name] = step(batch)
+            if i >= 2:  # the first two steps warm up
+                seconds[name].append(time.process_time() - start)
+        difference = max(difference, abs(losses["megarpt"] - losses["plain"]))
+    tokens, middle = BATCH * SEQUENCE, {name: statistics.median(values) for name, values in seconds.items()}
+    row: dict[str, float | str] = {
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "largest_loss_difference": difference,
+    }
+    row |= {f"{name}_tokens_per_cpu_s": tokens / value for name, value in middle.items()}
+    row |= {f"ratio_to_{name}": middle[name] / middle["megarpt"] for name in peers}
+    row["share_of_product_limit"] = product_seconds(precision) / middle["megarpt"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="also the plain loop under torch.compile")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    groups = ParallelLayout(1, 1).initialize(seed=1)
+    rows = [compare(groups, precision, args.steps, args.compiled) for precision in args.precision]
+    table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
+    for key in rows[0]:
+        table.add_column(key.replace("_", " "), justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    MACHINE.close()
+
+
+if __name__ == "__main__":
+    main()
