@@ -27,6 +27,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, str], ...] = (
     # them is supposed to do, and `megarpt doctor` shows it.
     (r"Transformer Engine and Apex are not installed", r"megatron\.core\..*"),
     (r"Apex is not installed\. Falling back to Torch Norm", r"megatron\.core\..*"),
+    # Said of a default that megatron-core sets itself.
+    (r"full scope is deprecated\. Use empty cuda_graph_scope", r"megatron\.core\..*"),
 )
 
 

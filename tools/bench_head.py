@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,9 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
-def bench(shape: tuple[int, int, int], dtype: torch.dtype, kept: float, names: list[str], args: argparse.Namespace) -> list[dict]:
+def bench(
+    shape: tuple[int, int, int], dtype: torch.dtype, kept: float, names: list[str], args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """One table: every contender at one shape, dtype and kept share."""
     device = torch.device(args.device)
     generator = torch.Generator().manual_seed(0)
@@ -158,15 +161,16 @@ def keep_freed_memory() -> None:
         sys.exit("--reuse-memory: this C library has no mallopt; run without it")
 
 
-def show(rows: list[dict]) -> None:
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print one table."""
     first = rows[0]
-    print(f"\n{first['shape']} {first['dtype']}, {first['kept']:.0%} kept, {first['threads']} thread(s), {first['clock']} seconds")
+    print(
+        f"\n{first['shape']} {first['dtype']}, {first['kept']:.0%} kept, {first['threads']} thread(s), {first['clock']} seconds"
+    )
     print(f"{'':>20} {'best s':>9} {'median s':>9} {'x floor':>8} {'GFLOP/s':>9} {'peak MB':>9}")
     for row in rows:
-        print(
-            f"{row['contender']:>20} {row['best_s']:>9.4f} {row['median_s']:>9.4f} {row['over_floor']:>8.2f} {row['gflops']:>9.0f} "
-            f"{row['peak_bytes'] / 1e6:>9.1f}"
-        )
+        times = f"{row['best_s']:>9.4f} {row['median_s']:>9.4f} {row['over_floor']:>8.2f}"
+        print(f"{row['contender']:>20} {times} {row['gflops']:>9.0f} {row['peak_bytes'] / 1e6:>9.1f}")
 
 
 def main() -> None:
@@ -174,7 +178,9 @@ def main() -> None:
     parser.add_argument("--shape", nargs="+", default=["4096x256x8192"], help="tokens x hidden x vocabulary")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.6], help="share of tokens with a non-zero weight")
-    parser.add_argument("--contenders", default="plain,megarpt,megarpt_recompute", help="comma-separated; also compile, torch_none")
+    parser.add_argument(
+        "--contenders", default="plain,megarpt,megarpt_recompute", help="comma-separated; also compile, torch_none"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)

@@ -94,7 +94,7 @@ def write(out: Path, seconds: Mapping[str, float], console: Console) -> None:
     }
     (out / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
     (out / "selection.html").write_text(selection.html_page(pages, shares, fraction), encoding="utf-8")
-    plot(out / "demo.png", clm, slm, reference, needed, shares)
+    plot(out / "demo.png", clm, slm, needed, shares)
     show(out, clm, slm, reference, share, shares, pages, verdict["total_seconds"], console)
 
 
@@ -102,7 +102,6 @@ def plot(
     path: Path,
     clm: Sequence[Point],
     slm: Sequence[Point],
-    reference: Point,
     needed: float | None,
     shares: Mapping[str, float | None],
 ) -> None:
@@ -129,11 +128,11 @@ def plot(
             needed / scale, final, "o", markersize=9, markerfacecolor="white", markeredgecolor=SLM_COLOR, markeredgewidth=2
         )
         left.annotate(
-            f"ordinary training's final loss\nafter {100 * needed / clm[-1].tokens:.0f}% of its tokens",
+            f"selection reaches\nordinary training's\nfinal loss after\n{100 * needed / clm[-1].tokens:.0f}% of its tokens",
             (needed / scale, final),
-            (14, 26),
-            textcoords="offset points",
-            arrowprops={"arrowstyle": "-", "color": SLM_COLOR, "shrinkB": 6},
+            (0.03, 0.06),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": SLM_COLOR, "shrinkB": 7, "relpos": (0.7, 1.0)},
             color=SLM_COLOR,
         )
     left.set_xlabel(f"tokens read by the student ({unit})")

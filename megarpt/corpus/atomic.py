@@ -92,6 +92,6 @@ def cannot_write(path: Path | str, error: OSError, *, needed: int | None = None)
         return DataError(f"{what}; check that the folder exists and may be written, then run the same command again")
     need = f"about {needed:,} bytes needed, " if needed else ""
     return DataError(
-        f"{what} ({need}{free_bytes(path):,} free on its file system; a limit on file size or a quota may be lower); free space, "
-        "then run the same command again: what was finished is kept"
+        f"{what} ({need}{free_bytes(path):,} free on its file system; a quota or a limit on file size may be lower); free "
+        "space, then run the same command again: what was finished is kept"
     )

@@ -104,7 +104,9 @@ class CorpusIndex:
         for start in range(0, self.num_sequences, _BLOCK):
             lengths = np.asarray(self.lengths[start : start + _BLOCK], dtype=np.int64)
             expected = total + np.concatenate(([0], np.cumsum(lengths)))
-            wrong = np.flatnonzero((self.pointers[start : start + _BLOCK] != expected[:-1] * self.dtype.itemsize) | (lengths < 0))
+            wrong = np.flatnonzero(
+                (self.pointers[start : start + _BLOCK] != expected[:-1] * self.dtype.itemsize) | (lengths < 0)
+            )
             if wrong.size:
                 at = int(wrong[0])
                 raise DataError(
@@ -230,7 +232,9 @@ class CorpusWriter:
         self.dtype = np.dtype(dtype)
         folder = folder or self.prefix.absolute().parent
         name = self.prefix.name
-        self._bin_path, self._idx_path, self._lengths_path = (folder / f"{name}.{part}.tmp" for part in ("bin", "idx", "lengths"))
+        self._bin_path, self._idx_path, self._lengths_path = (
+            folder / f"{name}.{part}.tmp" for part in ("bin", "idx", "lengths")
+        )
         self.num_values, self.num_documents = resume
         with write_errors(self.prefix):
             self._values = HashingFile(self._bin_path, keep_bytes=self.num_values * self.dtype.itemsize)
@@ -247,8 +251,8 @@ class CorpusWriter:
             DataError: the file system refused.
         """
         self.append_raw(
-            memoryview(np.ascontiguousarray(values, dtype=self.dtype)).cast("B") if len(values) else b"",
-            memoryview(np.ascontiguousarray(lengths, dtype=np.int32)).cast("B") if len(lengths) else b"",
+            np.ascontiguousarray(values, dtype=self.dtype).data.cast("B") if len(values) else b"",
+            np.ascontiguousarray(lengths, dtype=np.int32).data.cast("B") if len(lengths) else b"",
         )
 
     def append_raw(self, values: bytes | memoryview, lengths: bytes | memoryview) -> None:

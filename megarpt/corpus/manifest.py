@@ -108,8 +108,8 @@ class _FileManifest(_Record):
             left = [each.name for each in (bin_path(prefix), idx_path(prefix)) if each.exists()]
             state = f"got only {' and '.join(left)}" if left else "got no file of this name"
             raise DataError(
-                f"{prefix}: {state}, expected a {cls.kind_name} with its manifest {path.name}, which is written last; the job that "
-                f"wrote it did not end, or the path is wrong: run {cls.made_by} (again)"
+                f"{prefix}: {state}, expected a {cls.kind_name} with its manifest {path.name}, which is written last; the job "
+                f"that wrote it did not end, or the path is wrong: run {cls.made_by} (again)"
             ) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
@@ -255,7 +255,8 @@ def verify_files(prefix: str | Path, manifest: CorpusManifest | SidecarManifest,
     ):
         if got != expected:
             raise DataError(
-                f"{idx_path(prefix)}: {name}: got {got}, expected {expected} as in {what}; the index is of another corpus: {again}"
+                f"{idx_path(prefix)}: {name}: got {got}, expected {expected} as in {what}; the index is of another corpus: "
+                f"{again}"
             )
     try:
         size = bin_path(prefix).stat().st_size
@@ -264,7 +265,8 @@ def verify_files(prefix: str | Path, manifest: CorpusManifest | SidecarManifest,
     if size != manifest.num_tokens * index.dtype.itemsize:
         raise DataError(
             f"{bin_path(prefix)}: got {size:,} bytes, expected {manifest.num_tokens * index.dtype.itemsize:,} "
-            f"({manifest.num_tokens:,} values of {index.dtype.itemsize} bytes); the file is cut short or of another corpus: {again}"
+            f"({manifest.num_tokens:,} values of {index.dtype.itemsize} bytes); the file is cut short or of another corpus: "
+            f"{again}"
         )
     if full:
         for path, expected in ((idx_path(prefix), manifest.idx_sha256), (bin_path(prefix), manifest.bin_sha256)):

@@ -1,4 +1,4 @@
-"""Documents out of files: jsonl, plain text and parquet; plain, `.gz` or `.zst`; never more than a block in memory.
+"""Documents out of files: jsonl, plain text and parquet, never more than a block in memory.
 
 A `Segment` is a piece of a file that can be read by itself. A piece of an uncompressed file of lines is a range of bytes and
 owns the lines that begin in it, so pieces can be cut anywhere without looking.
@@ -6,61 +6,21 @@ owns the lines that begin in it, so pieces can be cut anywhere without looking.
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import gzip
-import hashlib
+import itertools
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, Protocol
 
 import orjson
 
-from megarpt.errors import ConfigError, DataError, ExtensionError
+from megarpt.corpus.inputs import InputFile, open_bytes, read_errors, unreadable
+from megarpt.errors import DataError, ExtensionError
 
-Format = Literal["jsonl", "text", "parquet"]
 TextDocuments = Literal["file", "line", "paragraph"]
-_FORMATS: dict[str, Format] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".parquet": "parquet",
-}
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 20  # bytes per read
-_ZST_READ = 1 << 13  # small, because zstandard's output for one input piece is unbounded
-_FINGERPRINT_BLOCKS, _FINGERPRINT_BLOCK = 64, 1 << 16
 _PARQUET_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """One input, as it was when the job began."""
-
-    path: str  # absolute
-    format: Format
-    compression: Literal["", "gz", "zst"]
-    size: int
-    mtime_ns: int
-    fingerprint: str
-
-    @property
-    def name(self) -> str:
-        """Base name."""
-        return os.path.basename(self.path)
-
-    @property
-    def is_cuttable(self) -> bool:
-        """Whether a range of its bytes can be read by itself (given that its documents are lines)."""
-        return not self.compression and self.format != "parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,65 +54,6 @@ class OnMalformed(Protocol):
     def __call__(self, line: int, reason: str) -> None: ...
 
 
-def find_inputs(patterns: Sequence[str], *, format: Format | None = None) -> list[InputFile]:
-    """Resolve paths and glob patterns, in the order given (matches of a pattern sorted), and look at each file once.
-
-    Raises:
-        ConfigError: a file is given twice, or its format cannot be told from its name.
-        DataError: a file is missing or cannot be read.
-    """
-    files: list[InputFile] = []
-    seen: dict[str, str] = {}
-    for pattern in patterns:
-        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not paths:
-            raise DataError(f"--input {pattern}: no such file; check the path (patterns such as 'data/*.jsonl.gz' may be quoted)")
-        for path in paths:
-            real = os.path.realpath(path)
-            if real in seen:
-                raise ConfigError(
-                    f"--input {path}: this file is given twice (also as {seen[real]}), its text would be counted twice; give it once"
-                )
-            seen[real] = path
-            files.append(_look_at(path, format))
-    return files
-
-
-def _look_at(path: str, format: Format | None) -> InputFile:
-    if os.path.isdir(path):
-        raise ConfigError(f"--input {path}: got a folder, expected a file; give a pattern such as '{path}/*.jsonl'")
-    stem, suffix = os.path.splitext(path.lower())
-    compression: Literal["", "gz", "zst"] = "gz" if suffix == ".gz" else "zst" if suffix in (".zst", ".zstd") else ""
-    if compression:
-        suffix = os.path.splitext(stem)[1]
-    found = format or _FORMATS.get(suffix)
-    if found is None:
-        raise ConfigError(
-            f"--input {path}: got the unknown ending {suffix!r}, expected one of {', '.join(_FORMATS)} (and .gz or .zst); "
-            "say what it is with --format"
-        )
-    try:
-        with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            print_ = fingerprint(file, status.st_size)
-    except OSError as error:
-        raise DataError(f"--input {path}: cannot be read: {error.strerror or error}") from error
-    return InputFile(os.path.abspath(path), found, compression, status.st_size, status.st_mtime_ns, print_)
-
-
-def fingerprint(file: IO[bytes], size: int) -> str:
-    """sha256 over the size and 64 blocks of 64 KiB spread evenly over the file; files up to 4 MiB are covered whole."""
-    digest = hashlib.sha256(str(size).encode())
-    if size <= _FINGERPRINT_BLOCKS * _FINGERPRINT_BLOCK:
-        while block := file.read(_READ):
-            digest.update(block)
-        return digest.hexdigest()
-    for number in range(_FINGERPRINT_BLOCKS):
-        file.seek((size - _FINGERPRINT_BLOCK) * number // (_FINGERPRINT_BLOCKS - 1))
-        digest.update(file.read(_FINGERPRINT_BLOCK))
-    return digest.hexdigest()
-
-
 def cut(files: Sequence[InputFile], options: ReadOptions, *, segment_bytes: int) -> list[Segment]:
     """Every file in pieces of at most about `segment_bytes` where it can be cut; the result depends on nothing else.
 
@@ -168,7 +69,7 @@ def cut(files: Sequence[InputFile], options: ReadOptions, *, segment_bytes: int)
         lines = file.format == "jsonl" or options.text_documents == "line"
         pieces = max(1, -(-file.size // segment_bytes)) if file.is_cuttable and lines else 1
         edges = [file.size * piece // pieces for piece in range(pieces + 1)]
-        segments += [Segment(number, start, end) for start, end in zip(edges, edges[1:], strict=False)]
+        segments += [Segment(number, start, end) for start, end in itertools.pairwise(edges)]
     return segments
 
 
@@ -179,14 +80,26 @@ def read_documents(file: InputFile, segment: Segment, options: ReadOptions, on_m
         DataError: the file cannot be read, its compression is damaged, or `on_malformed` gave up.
         ExtensionError: a library for this format is not installed.
     """
-    if file.format == "parquet":
-        yield from _read_parquet(file, segment, options, on_malformed)
-    elif file.format == "text" and options.text_documents != "line":
-        yield from _read_text(file, options, on_malformed)
-    else:
-        parse = _parse_json_lines if file.format == "jsonl" else _parse_text_lines
-        for lines in _LineReader(file, segment, options.max_document_bytes, on_malformed):
-            yield Block(parse(lines, options.text_key, on_malformed), lines.read_bytes)
+    with read_errors(file):
+        if file.format == "parquet":
+            yield from _read_parquet(file, segment, options, on_malformed)
+        elif file.format == "jsonl":
+            yield from _read_lines(file, segment, options, on_malformed, _parse_json)
+        elif options.text_documents == "line":
+            yield from _read_lines(file, segment, options, on_malformed, _parse_text)
+        elif options.text_documents == "paragraph":
+            yield from _read_paragraphs(file, options, on_malformed)
+        else:
+            yield from _read_whole(file, options, on_malformed)
+
+
+class _Bad(NamedTuple):
+    """A line that is no document."""
+
+    reason: str
+
+
+_Parsed = str | _Bad | None  # None: blank, neither a document nor a mistake
 
 
 class _LineNumbers:
@@ -204,56 +117,62 @@ class _LineNumbers:
         return self._before + self.done + index + 1
 
 
-def _read_lines(file: InputFile, segment: Segment, options: ReadOptions, on_malformed: OnMalformed) -> Iterator[Block]:
-    """The lines that begin in the segment, parsed."""
-    parse = _parse_json if file.format == "jsonl" else _parse_text
+def _read_lines(
+    file: InputFile,
+    segment: Segment,
+    options: ReadOptions,
+    on_malformed: OnMalformed,
+    parse: Callable[[bytes, str], _Parsed],
+) -> Iterator[Block]:
     numbers = _LineNumbers(file, segment.start)
-    limit = options.max_document_bytes
-    with read_errors(file), open_bytes(file) as stream:
-        for lines, read_bytes in _split(_owned_bytes(stream, segment, cuttable=file.is_cuttable), limit):
-            if lines and numbers.done == 0 and segment.start == 0 and lines[0] is not None and lines[0].startswith(_BOM):
+    too_long = _too_long(options)
+    with open_bytes(file) as stream:
+        for lines, read_bytes in _split(_owned_bytes(stream, segment, file), options.max_document_bytes):
+            if lines and lines[0] and numbers.done == 0 and segment.start == 0:
                 lines[0] = lines[0].removeprefix(_BOM)
             texts: list[str] = []
             for index, line in enumerate(lines):
-                text = parse(line, options.text_key) if line is not None else _TooLong(limit)
-                if type(text) is str:
-                    texts.append(text)
-                elif text is not None:
-                    on_malformed(numbers.of(index), str(text))
+                parsed = too_long if line is None else parse(line, options.text_key)
+                if type(parsed) is str:
+                    texts.append(parsed)
+                elif type(parsed) is _Bad:
+                    on_malformed(numbers.of(index), parsed.reason)
             numbers.done += len(lines)
             yield Block(texts, read_bytes)
 
 
-def _owned_bytes(stream: IO[bytes], segment: Segment, *, cuttable: bool) -> Iterator[bytes]:
+def _owned_bytes(stream: IO[bytes], segment: Segment, file: InputFile) -> Iterator[bytes]:
     """From the first line that begins in the segment to the end of the last one that does."""
-    position, end = segment.start, segment.end if cuttable else None
+    position, end = segment.start, segment.end
+    if file.compression:
+        while chunk := stream.read(_READ):
+            yield chunk
+        return
     if position:
-        stream.seek(position - 1)  # when this byte is a newline, a line begins at the segment's start
-        position -= 1
-        while True:
-            chunk = stream.read(_READ)
-            newline = chunk.find(b"\n")
-            if newline >= 0 or not chunk:
-                break
-            position += len(chunk)
-        position += newline + 1
-        if not chunk or position >= segment.end:
-            return
+        position = _next_line(stream, position - 1, end)  # a newline right before the start begins a line at the start
         stream.seek(position)
     last = b"\n"
-    while end is None or position < end:
-        chunk = stream.read(_READ if end is None else min(_READ, end - position))
-        if not chunk:
-            return
+    while position < end and (chunk := stream.read(min(_READ, end - position))):
         position += len(chunk)
         last = chunk[-1:]
         yield chunk
-    while last != b"\n" and (chunk := stream.read(_READ)):  # complete the last line
+    while last != b"\n" and (chunk := stream.read(_READ)):  # past the end only to complete the last line
         newline = chunk.find(b"\n")
         if newline >= 0:
-            chunk = last = chunk[: newline + 1]
-            last = b"\n"
+            yield chunk[: newline + 1]
+            return
         yield chunk
+
+
+def _next_line(stream: IO[bytes], position: int, end: int) -> int:
+    """Where the line after the next newline begins; not sought past `end`, since a line there belongs to another segment."""
+    stream.seek(position)
+    while position < end and (chunk := stream.read(min(_READ, end - position))):
+        newline = chunk.find(b"\n")
+        if newline >= 0:
+            return position + newline + 1
+        position += len(chunk)
+    return end
 
 
 def _split(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes | None], int]]:
@@ -283,11 +202,199 @@ def _split(chunks: Iterator[bytes], limit: int) -> Iterator[tuple[list[bytes | N
         yield [b"".join(carry) if carry_bytes <= limit else None], 0
 
 
-class _Reason(str):
-    """Why a line is no document; not to be confused with a text."""
+def _parse_json(line: bytes, key: str) -> _Parsed:
+    try:
+        text = orjson.loads(line)[key]
+        if type(text) is str:
+            return text
+    except (orjson.JSONDecodeError, LookupError, TypeError) as error:
+        return _parse_json_with_care(line, key, error)
+    return _Bad(f"the value of {key!r} is {_json_type(text)}, expected a string")
 
-    __slots__ = ()
+
+def _parse_json_with_care(line: bytes, key: str, error: Exception) -> _Parsed:
+    """A line that the fast parser refused: blank, JSON with Python's NaN and Infinity, or malformed in a way to be named."""
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as bad:
+        utf16 = "; this looks like UTF-16: convert the file to UTF-8" if b"\x00" in line else ""
+        return _Bad(f"invalid UTF-8 (byte {line[bad.start]:#04x} at column {bad.start + 1}){utf16}")
+    except (ValueError, RecursionError):
+        utf16 = "; this looks like UTF-16: convert the file to UTF-8" if b"\x00" in line else ""
+        return _Bad(f"invalid JSON ({error}){utf16}")
+    if not isinstance(record, dict):
+        return _Bad(f"the line is {_json_type(record)}, expected an object with the key {key!r}")
+    if key not in record:
+        return _Bad(f"missing key {key!r}; the line has {', '.join(map(repr, list(record)[:8])) or 'no keys'} (--text-key)")
+    text = record[key]
+    if not isinstance(text, str):
+        return _Bad(f"the value of {key!r} is {_json_type(text)}, expected a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as bad:
+        return _Bad(f"the text holds half a surrogate pair (U+{ord(text[bad.start]):04X}), which is no character")
+    return text
 
 
-def _TooLong(limit: int) -> _Reason:  # noqa: N802
-    return _Reason(f"longer than {limit:,} bytes; raise --max-document-mb if this is wanted")
+def _json_type(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object", str: "a string"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _parse_text(line: bytes, _key: str) -> _Parsed:
+    if not line.strip():
+        return None
+    return _decode(line.removesuffix(b"\r"))
+
+
+def _decode(content: bytes) -> str | _Bad:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as bad:
+        return _Bad(f"invalid UTF-8 (byte {content[bad.start]:#04x} at byte {bad.start + 1} of the document)")
+
+
+def _read_paragraphs(file: InputFile, options: ReadOptions, on_malformed: OnMalformed) -> Iterator[Block]:
+    """Documents between blank lines."""
+    number, first = 0, 1
+    paragraph: list[bytes] = []
+    paragraph_bytes = 0
+
+    def end_paragraph() -> list[str]:
+        nonlocal paragraph, paragraph_bytes
+        parsed = _too_long(options) if paragraph_bytes > options.max_document_bytes else _decode(b"\n".join(paragraph))
+        paragraph, paragraph_bytes = [], 0
+        if isinstance(parsed, _Bad):
+            on_malformed(first, parsed.reason)
+            return []
+        return [parsed]
+
+    with open_bytes(file) as stream:
+        whole = Segment(0, 0, file.size)
+        for lines, read_bytes in _split(_owned_bytes(stream, whole, file), options.max_document_bytes):
+            texts: list[str] = []
+            for line in lines:
+                number += 1
+                if number == 1 and line:
+                    line = line.removeprefix(_BOM)
+                if line is not None and not line.strip():
+                    texts += end_paragraph() if paragraph_bytes else []
+                    continue
+                first = first if paragraph_bytes else number
+                paragraph_bytes += options.max_document_bytes + 1 if line is None else len(line) + 1
+                if line is not None and paragraph_bytes <= options.max_document_bytes:
+                    paragraph.append(line)
+            yield Block(texts, read_bytes)
+        if paragraph_bytes:
+            yield Block(end_paragraph(), 0)
+
+
+def _read_whole(file: InputFile, options: ReadOptions, on_malformed: OnMalformed) -> Iterator[Block]:
+    """The file as one document; an empty file is none."""
+    pieces, size = [], 0
+    with open_bytes(file) as stream:
+        while size <= options.max_document_bytes and (chunk := stream.read(_READ)):
+            pieces.append(chunk)
+            size += len(chunk)
+    content = b"".join(pieces).removeprefix(_BOM)
+    texts: list[str] = []
+    if size > options.max_document_bytes:
+        on_malformed(1, _too_long(options).reason)
+    else:
+        try:
+            texts = [content.decode()] if content else []
+        except UnicodeDecodeError as bad:
+            on_malformed(content.count(b"\n", 0, bad.start) + 1, f"invalid UTF-8 (byte {content[bad.start]:#04x})")
+    yield Block(texts, file.size)
+
+
+def _too_long(options: ReadOptions) -> _Bad:
+    return _Bad(f"longer than {options.max_document_bytes:,} bytes; raise --max-document-mb if such a document is wanted")
+
+
+def _lines_before(path: str, position: int) -> int:
+    """Lines that begin before `position`."""
+    count, last = 0, b"\n"
+    with open(path, "rb", buffering=0) as file:
+        while position > 0 and (chunk := file.read(min(_READ, position))):
+            count += chunk.count(b"\n")
+            last = chunk[-1:]
+            position -= len(chunk)
+    return count + (last != b"\n")
+
+
+def _row_group_segments(number: int, file: InputFile, segment_bytes: int) -> list[Segment]:
+    segments, start, size = [], 0, 0
+    with _open_parquet(file) as parquet:
+        groups = parquet.metadata.num_row_groups
+        for group in range(groups):
+            size += parquet.metadata.row_group(group).total_byte_size
+            if size >= segment_bytes or group == groups - 1:
+                segments.append(Segment(number, start, group + 1))
+                start, size = group + 1, 0
+    return segments
+
+
+def _read_parquet(file: InputFile, segment: Segment, options: ReadOptions, on_malformed: OnMalformed) -> Iterator[Block]:
+    import pyarrow as pa
+
+    with _open_parquet(file) as parquet:
+        key = _text_column(file, parquet, options.text_key)
+        row = sum(parquet.metadata.row_group(group).num_rows for group in range(segment.start))
+        groups = list(range(segment.start, segment.end))
+        batches = parquet.iter_batches(batch_size=_PARQUET_ROWS, row_groups=groups, columns=[key], use_threads=False)
+        while (batch := _next_batch(file, batches)) is not None:
+            column = batch.column(0)
+            column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            texts: list[str] = []
+            for content in column.cast(pa.large_binary()).to_pylist():
+                row += 1
+                parsed = _parse_cell(content, options)
+                if isinstance(parsed, _Bad):
+                    on_malformed(row, parsed.reason)
+                else:
+                    texts.append(parsed)
+            yield Block(texts, file.size * batch.num_rows // parquet.metadata.num_rows)
+
+
+def _parse_cell(content: bytes | None, options: ReadOptions) -> str | _Bad:
+    if content is None:
+        return _Bad("null, expected a string")
+    return _too_long(options) if len(content) > options.max_document_bytes else _decode(content)
+
+
+def _next_batch(file: InputFile, batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches, None)
+    except ValueError as error:  # what pyarrow raises for damaged pages
+        raise unreadable(file, error) from error
+
+
+def _text_column(file: InputFile, parquet: Any, key: str) -> str:
+    import pyarrow.types as kinds
+
+    schema = parquet.schema_arrow
+    if key not in schema.names:
+        raise DataError(
+            f"{file.path}: no column {key!r}; it has {', '.join(map(repr, schema.names))}: choose one with --text-key"
+        )
+    kind = schema.field(key).type
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    if not (kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_binary(kind) or kinds.is_large_binary(kind)):
+        raise DataError(f"{file.path}: column {key!r} is of type {kind}, expected strings: choose another with --text-key")
+    return key
+
+
+def _open_parquet(file: InputFile) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ExtensionError(f"{file.path}: reading parquet needs pyarrow: pip install 'megarpt[parquet]'") from error
+    try:
+        return pyarrow.parquet.ParquetFile(file.path)
+    except (ValueError, OSError) as error:
+        raise unreadable(file, error) from error

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megarpt.config.schema import CorpusSource, PretrainConfig
+from megarpt.config.schema import PretrainConfig
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.data.batches import TokenBatches
 from megarpt.data.windows import WindowDataset
@@ -32,7 +32,7 @@ def build_train_batches(
         DataError: a corpus or a sidecar is damaged or belongs to something else.
     """
     sources = cfg.data.train
-    _require_streams(sources, streams)
+    _require_streams(cfg, streams)
     datasets = []
     for number, source in enumerate(sources):
         dataset = open_corpus(cfg, tokenizer, source.path, where=f"data.train[{number}].path")
@@ -89,16 +89,22 @@ def open_corpus(cfg: PretrainConfig, tokenizer: Tokenizer, prefix: str, *, where
     return dataset
 
 
-def _require_streams(sources: Sequence[CorpusSource], streams: Sequence[str]) -> None:
-    lacking = [(number, name) for number, source in enumerate(sources) for name in streams if name not in source.streams]
+def _require_streams(cfg: PretrainConfig, streams: Sequence[str]) -> None:
+    lacking = [
+        f"data.train[{number}] ({source.path}): the objective needs the per-token stream {name!r}, got "
+        f"{sorted(source.streams) or 'none'}; make it with `{_score_command(cfg, source.path, name)}` and add "
+        f"`streams: {{{name}: {source.path}_{name}}}` to this source"
+        for number, source in enumerate(cfg.data.train)
+        for name in streams
+        if name not in source.streams
+    ]
     if lacking:
-        lines = [
-            f"data.train[{number}] ({sources[number].path}): the objective needs the per-token stream {name!r}, got "
-            f"{sorted(sources[number].streams) or 'none'}; make it with `megarpt score` on corpus {sources[number].path} and "
-            f"add `streams: {{{name}: PREFIX}}` to this source"
-            for number, name in lacking
-        ]
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join(lacking))
+
+
+def _score_command(cfg: PretrainConfig, corpus: str, stream: str) -> str:
+    apart = "" if cfg.data.separate_documents else " --no-separate-documents"
+    return f"megarpt score --reference RUN --corpus {corpus} --streams {stream} --seq-length {cfg.data.seq_length}{apart}"
 
 
 def _log_epochs(cfg: PretrainConfig, datasets: Sequence[WindowDataset]) -> None:

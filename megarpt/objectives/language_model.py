@@ -38,7 +38,9 @@ class WeightedLanguageModel:
 
     def __init__(self, scorer: TokenScorer | None, weighting: TokenWeighting, num_sources: int = 1) -> None:
         if weighting.needs_score and scorer is None:
-            raise ConfigError("objective.scorer: got 'none', expected a scorer that objective.weighting top_fraction can rank by")
+            raise ConfigError(
+                "objective.scorer: got 'none', expected a scorer that objective.weighting top_fraction can rank by"
+            )
         self.scorer = scorer
         self.weighting = weighting
         self.num_sources = num_sources
@@ -116,7 +118,9 @@ class WeightedLanguageModel:
         return None if self.scorer is None else self.scorer(stats, batch, progress).detach()
 
     @torch.no_grad()
-    def _selection_metrics(self, nll: Tensor, score: Tensor | None, chosen: TokenWeights, batch: TokenBatch) -> dict[str, Metric]:
+    def _selection_metrics(
+        self, nll: Tensor, score: Tensor | None, chosen: TokenWeights, batch: TokenBatch
+    ) -> dict[str, Metric]:
         """What tells a selection that works from a run that diverges: the dropped tokens' loss may rise for ever."""
         valid, kept = batch.loss_mask, chosen.weight > 0.0
         dropped = valid & ~kept

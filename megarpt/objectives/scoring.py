@@ -1,7 +1,7 @@
 """What makes a token worth training on: a score for every label, higher is kept.
 
-A score never carries a gradient: the choice of tokens is a constant of the step. Entry [i, j] of a score, of a stream and of the
-statistics all speak of `labels[i, j]`; a score that is one column off selects the neighbours and still trains.
+A score never carries a gradient: the choice of tokens is a constant of the step. Entry [i, j] of a score, of a stream and of
+the statistics all speak of `labels[i, j]`; a score that is one column off selects the neighbours and still trains.
 
 Dims: b micro-batch, s sequence length.
 """

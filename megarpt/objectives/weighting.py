@@ -85,7 +85,9 @@ class TopFraction:
     ) -> list[TokenWeights]:
         known = [score for score in scores if score is not None]
         if len(known) != len(batches):
-            raise ConfigError("objective.weighting top_fraction: got no scores; set objective.scorer to what should rank tokens")
+            raise ConfigError(
+                "objective.weighting top_fraction: got no scores; set objective.scorer to what should rank tokens"
+            )
         if self.scope == "sequence":
             masks = [select_top_fraction_rows(*pair, self.fraction) for pair in _pairs(known, batches)]
             return [TokenWeights(mask.float(), None) for mask in masks]

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megarpt.errors import ShapeError
 
@@ -147,7 +146,9 @@ def _check(
     if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
         raise ShapeError(f"linear_logprob: got {shapes}; expected [t, h], [v, h], [t]. Flatten batch and sequence first.")
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0]:
-        raise ShapeError(f"linear_logprob: got {shapes}; expected the same h in hidden and weight, the same t in hidden and labels.")
+        raise ShapeError(
+            f"linear_logprob: got {shapes}; expected the same h in hidden and weight, the same t in hidden and labels."
+        )
     if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
         raise ShapeError(
             f"linear_logprob: got hidden {hidden.dtype}, weight {weight.dtype}; expected one of {_DTYPES} for both. "
@@ -158,7 +159,9 @@ def _check(
     if not temperature > 0.0:
         raise ShapeError(f"linear_logprob: got temperature {temperature}; expected a number above 0.")
     if chunk_tokens is not None and chunk_tokens < 0:
-        raise ShapeError(f"linear_logprob: got chunk_tokens {chunk_tokens}; expected a positive number, or 0 or None to choose.")
+        raise ShapeError(
+            f"linear_logprob: got chunk_tokens {chunk_tokens}; expected a positive number, or 0 or None to choose."
+        )
     if tp_group is not None and vocab_size is None and dist.get_world_size(tp_group) > 1:
         raise ShapeError("linear_logprob: with a tp_group, vocab_size (entries of the whole vocabulary) must be given.")
     if vocab_start < 0 or (vocab_size is not None and vocab_size <= 0):
@@ -196,7 +199,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class _Statistics(NamedTuple):
     """Per row, [n] each. Local to this rank's part of the vocabulary until `_combine`."""
 
-    lse: Tensor  # log sum exp of the logits
+    largest: Tensor  # logit
+    log_sum: Tensor  # log of the sum of exp(logit - largest); kept apart from `largest`, as p near 1 needs every digit of it
     target: Tensor  # logit of the label, 0 where the label lives on another rank
     surprise: Tensor | None  # sum of p * log p, p normalised over this rank's part; the negative entropy after `_combine`
 
@@ -207,48 +211,49 @@ def _forward_chunk(logits: Tensor, local: Tensor, here: Tensor, out: _Statistics
     Shapes: logits [c, v]; local [c] labels counted from this rank's first row, clamped into range; here [c] bool.
     """
     if options.num_valid == 0:
-        out.lse.fill_(float("-inf"))
+        out.largest.fill_(float("-inf"))
+        out.log_sum.zero_()
         out.target.zero_()
         if out.surprise is not None:
             out.surprise.zero_()
         if store:
             logits.zero_()
         return
-    wide, rows = out.lse.dtype, _block_rows(logits)
+    wide, rows = out.target.dtype, _block_rows(logits)
     torch.div(logits.gather(1, local[:, None])[:, 0].to(wide), options.temperature, out=out.target)
     out.target.masked_fill_(~here, 0.0)
     in_place = store and logits.dtype == wide
     copies = logits.new_empty(1 if in_place else 2, rows, logits.shape[1], dtype=wide)
-    largest = torch.empty_like(out.lse)  # of the logits, then of the softmax
     surprises: Iterable[Tensor | None] = repeat(None) if out.surprise is None else out.surprise.split(rows)
-    for block, top, lse, surprise in zip(logits.split(rows), largest.split(rows), out.lse.split(rows), surprises, strict=False):
+    parts = zip(logits.split(rows), out.largest.split(rows), out.log_sum.split(rows), surprises, strict=False)
+    for block, largest, log_sum, surprise in parts:
         z = _scaled_logits(block, copies[0], options)
-        torch.amax(z, dim=-1, out=lse)
+        torch.amax(z, dim=-1, out=largest)
         softmax = torch.softmax(z, dim=-1, out=block if in_place else copies[1][: block.shape[0]])
-        torch.amax(softmax, dim=-1, out=top)
+        # the largest probability is exp(0) / sum, so its logarithm gives the sum without a pass of exponentials of our own
+        torch.amax(softmax, dim=-1, out=log_sum).log_().neg_()
         if store and not in_place:
             block.copy_(softmax)
         if surprise is not None:
-            log_p = z[:, : options.num_valid].sub_((lse - top.log())[:, None])
+            log_p = z[:, : options.num_valid].sub_(largest[:, None]).sub_(log_sum[:, None])
             torch.sum(log_p.mul_(softmax[:, : options.num_valid]), dim=-1, out=surprise)
-    # the largest probability is exp(0) / sum, so its logarithm gives the sum without a pass of exponentials of our own
-    out.lse.sub_(largest.log_())
 
 
 def _combine(stats: _Statistics, group: dist.ProcessGroup) -> tuple[_Statistics, Tensor]:
     """Statistics of the whole vocabulary, and the share [n] of it that this rank's part holds."""
-    largest = stats.lse.clone()
+    largest = stats.largest.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    mass = (stats.lse - largest).exp_()
+    log_mass = stats.largest - largest + stats.log_sum  # minus infinity where a rank holds nothing but padding
+    mass = log_mass.exp()
     sums = [mass, stats.target]
     if stats.surprise is not None:
-        # sum p log p over all = sum over ranks of mass_r * (surprise_r + lse_r - lse): shift by `largest`, correct by lse below
-        sums.append(mass * (stats.surprise + torch.where(mass > 0.0, stats.lse - largest, 0.0)))
+        # over the whole vocabulary, sum p log p = sum over ranks of share * (surprise + log share), share = mass / total
+        sums.append(torch.where(mass > 0.0, mass * (stats.surprise + log_mass), 0.0))
     packed = torch.stack(sums)
     dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
-    log_total = packed[0].log()
-    surprise = packed[2] / packed[0] - log_total if stats.surprise is not None else None
-    return _Statistics(largest + log_total, packed[1], surprise), mass / packed[0]
+    total = packed[0]
+    surprise = None if stats.surprise is None else packed[2] / total - total.log()
+    return _Statistics(largest, total.log(), packed[1], surprise), mass / total
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -263,9 +268,9 @@ class _LinearLogprob(torch.autograd.Function):
         num_rows, chunk = y.numel(), min(options.chunk, max(1, y.numel()))
         store_softmax = options.keep and not options.entropy
         logits = x.new_empty(num_rows if options.keep else chunk, weight.shape[0])
-        stats = _Statistics(*x.new_empty(2, num_rows, dtype=_wide(x.dtype)), None)
+        stats = _Statistics(*x.new_empty(3, num_rows, dtype=_wide(x.dtype)), None)
         if options.entropy:
-            stats = stats._replace(surprise=torch.empty_like(stats.lse))
+            stats = stats._replace(surprise=torch.empty_like(stats.target))
         for start in range(0, num_rows, chunk):
             span = slice(start, min(start + chunk, num_rows))
             z = logits[span] if options.keep else logits[: span.stop - start]
@@ -278,24 +283,30 @@ class _LinearLogprob(torch.autograd.Function):
             if store_softmax:
                 logits.mul_(share[:, None])
 
-        logprob = torch.where(y < options.vocab_size, stats.target - stats.lse, float("nan"))
+        logprob = stats.target - stats.largest - stats.log_sum
+        logprob.masked_fill_(y >= options.vocab_size, float("nan"))
         if store_softmax:
             # p - 1 from the logarithm: exact where p is close to 1, and never rounded to the dtype before the subtraction
             at = torch.nonzero(here)[:, 0]
             logits[at, local[at]] = torch.expm1(logprob[at]).to(logits.dtype)
         negative_entropy = stats.surprise
         saved = logits if options.keep else None
-        ctx.save_for_backward(hidden, weight, saved, rows, local, here, stats.lse, share, logprob, negative_entropy)
+        ctx.save_for_backward(
+            hidden, weight, saved, rows, local, here, stats.largest, stats.log_sum, share, logprob, negative_entropy
+        )
         ctx.options = options
         ctx.parameter = weight if options.accumulate_main_grad else None
         ctx.set_materialize_grads(False)
         return _scatter(logprob, rows, labels), None if negative_entropy is None else _scatter(-negative_entropy, rows, labels)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, saved, rows, local, here, lse, share, logprob, negative_entropy = ctx.saved_tensors
+        hidden, weight, saved, rows, local, here, largest, log_sum, share, logprob, negative_entropy = ctx.saved_tensors
         options: _Options = ctx.options
+        if torch.is_grad_enabled():  # only so under create_graph=True; a gradient without a graph would pass for a constant
+            raise RuntimeError(
+                "linear_logprob: create_graph=True asks for second derivatives, which it does not have; use ops.reference"
+            )
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None
         if rows is not None:
@@ -305,9 +316,8 @@ class _LinearLogprob(torch.autograd.Function):
         rows_of_hidden = kept if rows is None else rows.index_select(0, kept)
 
         source = _GradientSource(
-            hidden=hidden, weight=weight, saved=saved, local=local, here=here, lse=lse, share=share, logprob=logprob,
-            negative_entropy=negative_entropy, grad_logprob=grad_logprob, grad_entropy=grad_entropy, options=options,
-        )  # fmt: skip
+            weight, saved, local, here, largest, log_sum, share, logprob, negative_entropy, grad_logprob, grad_entropy, options
+        )
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         grad_weight = _WeightGradient(weight, ctx.parameter) if ctx.needs_input_grad[1] else None
         chunk = source.chunk(kept.numel())
@@ -331,12 +341,12 @@ def _scatter(values: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
 class _GradientSource(NamedTuple):
     """What turns row numbers into rows of the gradient with respect to the logits."""
 
-    hidden: Tensor
     weight: Tensor
     saved: Tensor | None  # [n, v]: softmax minus one-hot, or logits when the entropy was asked for
     local: Tensor
     here: Tensor
-    lse: Tensor
+    largest: Tensor
+    log_sum: Tensor
     share: Tensor | None
     logprob: Tensor
     negative_entropy: Tensor | None
@@ -371,9 +381,11 @@ class _GradientSource(NamedTuple):
         if self.saved is not None and not self.options.entropy:
             assert self.grad_logprob is not None
             return logits, self.grad_logprob.index_select(0, at) * scale
-        pick = [None if part is None else part.index_select(0, at) for part in (self.share, self.grad_logprob, self.grad_entropy)]
+        pick = [
+            None if part is None else part.index_select(0, at) for part in (self.share, self.grad_logprob, self.grad_entropy)
+        ]
         share, grad_logprob, grad_entropy = pick
-        local, here, logprob, lse = (part.index_select(0, at) for part in (self.local, self.here, self.logprob, self.lse))
+        local, here, logprob = (part.index_select(0, at) for part in (self.local, self.here, self.logprob))
         if grad_entropy is None:
             assert grad_logprob is not None
             self._to_softmax(logits, share)
@@ -384,10 +396,11 @@ class _GradientSource(NamedTuple):
             negative_entropy = self.negative_entropy.index_select(0, at)
             grad_logprob = torch.zeros_like(grad_entropy) if grad_logprob is None else grad_logprob
             # d logprob / d z = onehot - p,  d entropy / d z = -p * (log p + entropy); negated here, as the factor is negative
-            self._to_weighted_softmax(logits, share, lse, grad_logprob - grad_entropy * negative_entropy, grad_entropy)
+            norm = self.largest.index_select(0, at), self.log_sum.index_select(0, at)
+            self._to_weighted_softmax(logits, share, norm, grad_logprob - grad_entropy * negative_entropy, grad_entropy)
             probability = logprob.exp()
             at_label = grad_logprob * torch.expm1(logprob) + grad_entropy * probability * (logprob - negative_entropy)
-            factor = torch.full_like(lse, scale)
+            factor = torch.full_like(logprob, scale)
         labelled = torch.nonzero(here)[:, 0]
         logits[labelled, local[labelled]] = at_label[labelled].to(logits.dtype)
         return logits, factor
@@ -398,26 +411,28 @@ class _GradientSource(NamedTuple):
             logits.zero_()
             return
         rows = _block_rows(logits)
-        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.lse.dtype)
+        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.logprob.dtype)
         for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
             softmax = torch.softmax(_scaled_logits(block, copies[0], self.options), dim=-1, out=copies[1][: block.shape[0]])
             block.copy_(softmax if share is None else softmax.mul_(share[start : start + rows, None]))
 
-    def _to_weighted_softmax(self, logits: Tensor, share: Tensor | None, lse: Tensor, constant: Tensor, slope: Tensor) -> None:
+    def _to_weighted_softmax(
+        self, logits: Tensor, share: Tensor | None, norm: tuple[Tensor, Tensor], constant: Tensor, slope: Tensor
+    ) -> None:
         """logits <- p * (constant + slope * log p), with p normalised over the whole vocabulary."""
         valid = self.options.num_valid
         logits[:, valid:] = 0.0
         if valid == 0:
             return
         rows = _block_rows(logits)
-        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.lse.dtype)
+        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.logprob.dtype)
         for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
             span = slice(start, start + rows)
             z = _scaled_logits(block, copies[0], self.options)
             softmax = torch.softmax(z, dim=-1, out=copies[1][: block.shape[0]])[:, :valid]
             if share is not None:
                 softmax.mul_(share[span, None])
-            log_p = z[:, :valid].sub_(lse[span, None])
+            log_p = z[:, :valid].sub_(norm[0][span, None]).sub_(norm[1][span, None])
             block[:, :valid] = log_p.mul_(slope[span, None]).add_(constant[span, None]).mul_(softmax)
 
 

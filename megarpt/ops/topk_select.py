@@ -2,8 +2,8 @@
 
 Scores become integers that sort alike; the k-th largest is then found digit by digit: a 256-bin histogram of the leading digit,
 summed over ranks, says in which bin the k-th score lies; the next digit is looked at within that bin only. Four rounds settle
-fp32. Scores equal to the k-th are told apart by `order`, a position that belongs to the token and not to the rank that holds it,
-so the same tokens are kept on one rank or many, in one micro-batch or many.
+fp32. Scores equal to the k-th are told apart by `order`, a position that belongs to the token and not to the rank that holds
+it, so the same tokens are kept on one rank or many, in one micro-batch or many.
 
 A threshold (`score >= t`) would not do: scores repeat (excess loss is exactly 0 everywhere when the model starts from the
 reference), and a threshold then keeps all or none of them.
@@ -54,7 +54,9 @@ def _sum(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return values
 
 
-def _kth_largest(key: Tensor, candidate: Tensor, k: Tensor, bits: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _kth_largest(
+    key: Tensor, candidate: Tensor, k: Tensor, bits: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
     """The k-th largest key among the candidates of all ranks, and how many of those equal to it belong to the best k.
 
     Shapes: key [n] int64 in [0, 2**bits), candidate [n] bool, k [] >= 1 and at most the number of candidates -> [], [].
@@ -158,6 +160,8 @@ def _check(score: Tensor, valid: Tensor, fraction: float, order: Tensor | None) 
         )
     if score.shape != valid.shape or (order is not None and order.shape != score.shape):
         order_shape = "" if order is None else f", order {tuple(order.shape)}"
-        raise ShapeError(f"top fraction: got score {tuple(score.shape)}, valid {tuple(valid.shape)}{order_shape}; expected one shape.")
+        raise ShapeError(
+            f"top fraction: got score {tuple(score.shape)}, valid {tuple(valid.shape)}{order_shape}; expected one shape."
+        )
     if not 0.0 < fraction <= 1.0:
         raise ShapeError(f"top fraction: got fraction {fraction}; expected a number in (0, 1].")

@@ -33,7 +33,7 @@ from megarpt.train.rundir import RunDir
 from megarpt.train.signals import StopSignal
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
-from megarpt.train.trainer import Trainer
+from megarpt.train.trainer import Trainer, total_steps
 from megarpt.train.weights import load_weights
 from megarpt.train.weights import load_weights
 
@@ -71,6 +71,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         )
         state = checkpoints.load_latest(model, optimizer, scheduler)
         if state is not None:
+            folder.record(state.progress, checkpoints.newest)
             batches.load_state_dict(state.data)
             objective.load_state_dict(state.selection)
         elif cfg.model.init_from is not None:
@@ -93,7 +94,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             MetricLog.open(folder, cfg, resume=resume) as log,
             ProgressLine(
                 "train",
-                cfg.train.train_tokens,
+                total_steps(cfg) * cfg.batch.global_batch_size * cfg.data.seq_length,
                 completed=resume.tokens_seen if resume else 0,
                 console=terminal(),
                 is_writer=is_writer,

@@ -13,6 +13,7 @@ from megarpt.train.metrics import MetricLog
 from megarpt.train.perf import Phase, PerfMeter
 from megarpt.train.progress import ProgressLine, step_fields
 from megarpt.train.reports import EvaluationResult
+from megarpt.train.state import TrainState
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,13 @@ class Monitor:
         return self.perf.phase(name)
 
     def step(
-        self, report: StepReport, progress: Progress, tokens: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]]
+        self, report: StepReport, state: TrainState, tokens: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]]
     ) -> None:
         """After a step that fed `tokens` tokens; `work` holds this rank's micro-batches and what the objective said of them."""
+        progress = state.progress
         self.perf.count_tokens(tokens)
         due = self.log.is_due(progress.step) or report.skipped
-        extra = self.perf.scalars() if due else {}
+        extra = {**self.perf.scalars(), "optim/skipped_total": float(state.skipped_total)} if due else {}
         self.log.step(report, progress, extra)
         self.line.update(progress.tokens_seen, step_fields(report, extra.get("mem/peak_bytes")))
         if report.skipped:

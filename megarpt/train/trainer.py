@@ -9,7 +9,6 @@ from pathlib import Path
 from megarpt.config.schema import PretrainConfig
 from megarpt.data.batches import TokenBatches
 from megarpt.errors import NumericsError, StopRequested
-from megarpt.structs import Progress
 from megarpt.train.monitor import Monitor
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.rundir import RunDir
@@ -39,7 +38,7 @@ class Trainer:
         self.monitor, self.run, self.stop = monitor, run, stop
         self.step_samples = cfg.batch.global_batch_size
         self.step_tokens = self.step_samples * cfg.data.seq_length
-        self.total_steps = -(-cfg.train.train_tokens // self.step_tokens)
+        self.total_steps = total_steps(cfg)
         self.evaluated_at: int | None = None
         self.saved_at: int | None = None
 
@@ -80,7 +79,7 @@ class Trainer:
             report = self.step(micro_batches, self.state.progress)
         self.state = self.state.after_step(report, samples=self.step_samples, tokens_seen=self.step_tokens)
         self.run.record(self.state.progress)
-        self.monitor.step(report, self.state.progress, self.step_tokens, self.step.outputs)
+        self.monitor.step(report, self.state, self.step_tokens, self.step.outputs)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
             raise NumericsError(
                 f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row (up to step "
@@ -105,10 +104,10 @@ class Trainer:
         self.run.record(self.state.progress, path)
         self.saved_at = self.state.progress.step
 
-    @property
-    def progress(self) -> Progress:
-        """Where the run stands."""
-        return self.state.progress
+
+def total_steps(cfg: PretrainConfig) -> int:
+    """Optimizer steps that see train.train_tokens tokens, rounded up."""
+    return -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
 
 
 def _every(interval: int, step: int) -> bool:

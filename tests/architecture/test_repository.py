@@ -5,13 +5,17 @@ import os
 import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
 
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import dump_resolved, load_config
-from megarpt.config.schema import EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import EvaluateOptions, GenerateOptions, ObjectiveConfig, PretrainConfig, ScoreOptions
+from megarpt.config.validate import STREAM_OF_SCORER
+from megarpt.model.presets import PRESETS
+from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +53,20 @@ def test_every_config_field_has_a_documentation_line(model):
 def test_every_example_is_a_valid_configuration(path):
     cfg = load_config(ROOT / path)
     assert dump_resolved(cfg)
+
+
+def test_examples_use_presets_that_exist():
+    assert {load_config(ROOT / path).model.preset for path in examples()} <= set(PRESETS)
+
+
+def test_the_schema_names_exactly_what_can_be_built():
+    choices = {name: set(get_args(field.annotation)) for name, field in ObjectiveConfig.model_fields.items()}
+    assert choices["scorer"] == set(SCORERS) and choices["weighting"] == set(WEIGHTINGS)
+
+
+def test_the_rules_know_which_stream_a_scorer_reads():
+    streams = {name: make(0).streams for name, make in SCORERS.items() if name != "none"}
+    assert {name: (stream,) for name, stream in STREAM_OF_SCORER.items()} == {k: v for k, v in streams.items() if v}
 
 
 def test_there_are_examples():

@@ -250,3 +250,10 @@ def test_evaluation_sees_each_window_once(
     for number, tokens, mask in real:
         assert tokens.tolist() == dataset[number].tokens.tolist() and mask.tolist() == dataset[number].loss_mask.tolist()
     assert not any(mask.any() for number, _, mask in rows if number < 0)
+
+
+@pytest.mark.parametrize("first_window", [0, 4, 5, 10**6])
+def test_evaluation_goes_on_where_it_stopped(datasets: list[WindowDataset], first_window: int) -> None:
+    rest = evaluation_batches(datasets[0], micro_batch_size=4, dp_rank=0, dp_size=1, device=CPU, first_window=first_window)
+    ids = [int(number) for batch in rest for number in batch.sample_id if number >= 0]
+    assert ids == list(range(first_window, len(datasets[0])))

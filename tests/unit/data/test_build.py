@@ -65,7 +65,8 @@ def test_every_source_without_a_needed_stream_is_named(tmp_path: Path) -> None:
         build(cfg, ("ref_nll",))
     for number, path in enumerate(paths):
         assert f"data.train[{number}] ({path})" in str(raised.value)
-    assert "megarpt score" in str(raised.value) and "'ref_nll'" in str(raised.value)
+        assert f"--corpus {path} --streams ref_nll --seq-length {S}`" in str(raised.value)
+        assert f"streams: {{ref_nll: {path}_ref_nll}}" in str(raised.value)
 
 
 def test_sidecar_file_that_is_missing(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -46,7 +47,7 @@ def test_the_verdict_says_when_selection_loses() -> None:
 @pytest.mark.parametrize("needed", [None, 120.0])
 def test_plot(tmp_path: Path, needed: float | None) -> None:
     shares = {"clean": 0.8, "injected": None, "code": 0.4, "noise": 0.1}
-    report.plot(tmp_path / "demo.png", curve(5.0, 4.8, 4.6), curve(5.0, 4.5, 4.2), curve(4.0)[0], needed, shares)
+    report.plot(tmp_path / "demo.png", curve(5.0, 4.8, 4.6), curve(5.0, 4.5, 4.2), needed, shares)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -90,3 +91,20 @@ def test_the_full_demo_shows_the_plainest_commands() -> None:
         "megarpt pretrain examples/demo/clm.yaml",
         "megarpt pretrain examples/demo/slm.yaml",
     ]
+
+
+@pytest.mark.parametrize("name", ["base", "reference", "clm", "slm"])
+def test_the_yaml_files_hold_the_full_scale(name: str) -> None:
+    config = yaml.safe_load((DEMO / f"{name}.yaml").read_text())
+    assert config["train"]["train_tokens"] == run.SCALES["full"].tokens[name]
+    assert config["run"]["dir"] == f"runs/demo/{name}"
+    if name in ("clm", "slm"):
+        assert config["evaluation"]["interval_steps"] == run.SCALES["full"].evaluation_interval_steps
+
+
+def test_the_students_differ_in_what_counts_alone() -> None:
+    clm, slm = (yaml.safe_load((DEMO / f"{name}.yaml").read_text()) for name in ("clm", "slm"))
+    assert slm["data"]["train"][0].pop("streams") == {"ref_nll": "runs/demo/data/mix_ref_nll"}
+    assert slm.pop("objective") != clm.pop("objective")
+    assert slm["run"].pop("dir") != clm["run"].pop("dir")
+    assert slm == clm

@@ -16,7 +16,9 @@ MakeTokens = Callable[..., tuple[TokenStats, TokenBatch]]
 def make_tokens() -> MakeTokens:
     """(statistics with a gradient, batch with streams) of b sequences; keyword arguments replace what is random."""
 
-    def make(b: int = 3, s: int = 16, seed: int = 0, valid: float = 0.8, first_sample: int = 0) -> tuple[TokenStats, TokenBatch]:
+    def make(
+        b: int = 3, s: int = 16, seed: int = 0, valid: float = 0.8, first_sample: int = 0
+    ) -> tuple[TokenStats, TokenBatch]:
         generator = torch.Generator().manual_seed(seed)
         logprob = -4.0 * torch.rand(b, s, generator=generator)
         batch = TokenBatch(

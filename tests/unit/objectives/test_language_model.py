@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -67,7 +68,9 @@ def test_selection_follows_the_label_not_its_neighbours(make_tokens) -> None:
     stats, batch = make_tokens(b=1, s=10, valid=1.1)
     noise = torch.tensor([[2, 3, 7]])
     ref_nll = torch.zeros(1, 10).index_fill(1, noise[0], 50.0)
-    out, gradient = run(WeightedLanguageModel(ExcessLoss(), TopFraction(0.7)), stats, replace(batch, streams={"ref_nll": ref_nll}))
+    out, gradient = run(
+        WeightedLanguageModel(ExcessLoss(), TopFraction(0.7)), stats, replace(batch, streams={"ref_nll": ref_nll})
+    )
     assert (out.weight[0] == 0).nonzero()[:, 0].tolist() == [2, 3, 7]
     assert (gradient[0] == 0).nonzero()[:, 0].tolist() == [2, 3, 7]
 
@@ -77,7 +80,7 @@ def test_no_valid_token_gives_a_zero_loss_with_a_graph(make_tokens, scope) -> No
     stats, batch = make_tokens(valid=0.0)
     for objective in (WeightedLanguageModel(None, Uniform()), WeightedLanguageModel(ExcessLoss(), TopFraction(0.5, scope))):
         out, gradient = run(objective, stats, batch)
-        assert out.loss_sum.requires_grad and float(out.loss_sum) == 0.0 and int(out.num_tokens) == 0
+        assert out.loss_sum.requires_grad and float(out.loss_sum.detach()) == 0.0 and int(out.num_tokens) == 0
         assert torch.equal(gradient, torch.zeros_like(gradient))
         assert all(torch.isfinite(part) for pair in out.metrics.values() for part in pair)
 
@@ -86,7 +89,9 @@ def test_nan_of_a_dropped_token_reaches_neither_loss_nor_gradient(make_tokens) -
     stats, batch = make_tokens(b=1, s=8, valid=1.1)
     logprob = stats.logprob.detach().clone()
     logprob[0, 3] = NAN  # a NaN score is the lowest
-    out, gradient = run(WeightedLanguageModel(ExcessLoss(), TopFraction(0.5)), TokenStats(logprob.requires_grad_(), None), batch)
+    out, gradient = run(
+        WeightedLanguageModel(ExcessLoss(), TopFraction(0.5)), TokenStats(logprob.requires_grad_(), None), batch
+    )
     assert out.weight[0, 3] == 0 and torch.isfinite(out.loss_sum) and torch.isfinite(gradient).all()
     numerator, denominator = out.metrics["select/nan_scores"]
     assert (float(numerator), float(denominator)) == (1.0, 8.0)
@@ -114,7 +119,7 @@ def test_gradient_does_not_depend_on_micro_batching(make_tokens, split) -> None:
 
     objective = WeightedLanguageModel(ExcessLoss(), TopFraction(0.6))
     bounds = [sum(split[:i]) for i in range(len(split) + 1)]
-    spans = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
     parts = [(TokenStats(stats.logprob[span], None), rows(batch, span)) for span in spans]
     weights = objective.select([p[0] for p in parts], [p[1] for p in parts], Progress(), None)
     outs = [objective(one, part, weight, Progress()) for (one, part), weight in zip(parts, weights, strict=True)]

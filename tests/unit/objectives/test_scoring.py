@@ -23,7 +23,9 @@ def test_scores_are_the_stated_differences_and_carry_no_gradient(make_tokens) ->
         assert not scorer.needs_entropy
 
 
-@pytest.mark.parametrize(("scorer", "name"), [(ExcessLoss, "ref_nll"), (ReferenceLoss, "ref_nll"), (ReferenceEntropy, "ref_entropy")])
+@pytest.mark.parametrize(
+    ("scorer", "name"), [(ExcessLoss, "ref_nll"), (ReferenceLoss, "ref_nll"), (ReferenceEntropy, "ref_entropy")]
+)
 def test_a_missing_stream_is_named(make_tokens, scorer, name) -> None:
     stats, batch = make_tokens()
     assert scorer.streams == (name,)

@@ -45,7 +45,9 @@ def test_every_scope_keeps_what_a_sort_keeps(make_tokens, fraction, levels) -> N
         assert torch.equal(chosen.weight.flatten() > 0, expected)
 
     chosen_globally = TopFraction(fraction, "global_batch")(scores, batches, None)
-    expected = reference.top_fraction_mask(torch.cat(scores).flatten(), torch.cat([b.loss_mask for b in batches]).flatten(), fraction)
+    expected = reference.top_fraction_mask(
+        torch.cat(scores).flatten(), torch.cat([b.loss_mask for b in batches]).flatten(), fraction
+    )
     assert torch.equal(torch.cat([chosen.weight for chosen in chosen_globally]).flatten() > 0, expected)
 
 

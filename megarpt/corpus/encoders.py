@@ -1,0 +1,212 @@
+"""Texts to ids, as fast as this machine can while giving the reference tokenizer's ids.
+
+gigatoken is an order of magnitude faster than the libraries that define the ids. It is used when it gives the same ids on
+samples of the very corpus and on a list of awkward texts. Three known differences are kept away from it:
+
+- it takes the name of a control piece in the text (a literal `<s>`) for the piece, as sentencepiece does not;
+- added tokens that swallow neighbouring blanks are a matter of each library;
+- it applies a sentencepiece normalization rule to grapheme clusters and sentencepiece applies it to code points.
+
+Texts with such names go to the reference, texts that are not ASCII are normalized by sentencepiece itself.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from megarpt.corpus.tokenizers import ByteTokenizer, HuggingFaceTokenizer, Ids, SentencePieceTokenizer, Tokenizer
+from megarpt.errors import DataError, ExtensionError
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "gigatoken", "reference"]
+_BATCH_CHARS = 1 << 18  # text given to a reference library at a time: its intermediate results are a hundred times as large
+_CACHE_BYTES = 96 << 20  # how much gigatoken's memory may grow before it is opened afresh
+_FEW = 24  # names that are searched for one by one; more are filtered by their beginnings first
+
+# Contractions, runs, digits, blanks of every kind, line ends, combining marks, joined emoji, scripts without spaces, private
+# and unassigned code points, and spellings that only look special.
+PROBES = (
+    "",
+    " ",
+    "I'll say they've can't won't 'S 'RE ’s don''t",
+    "a  b   c    d\t\te\n\nf\r\ng\r\rh \n \n\n\n   \u00a0\u2003\u3000\u2028\u2029\u200b\ufeff.",
+    "0 1 12 123 1234 12345 1,234,567.89 1e-5 ٠١٢٣ ²½Ⅷ",
+    "e\u0301 n\u0303 \u1e9b\u0323 ﬁ ﬀ ① ㍿ İıßſΣς \u0344\u0345",
+    "日本語の文章。中文没有空格，한국어 띄어쓰기 ภาษาไทย हिन्दी العربية עברית",
+    "👩‍👩‍👧 🇩🇪🇫🇷 👍🏽 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "<s></s><unk><pad><0x0A><|endoftext|> <|x|> [INST] </ s> <s >",
+    "\x00\x01\x1f\x7f\x80\x85\xad\ue000\ufffd\ufffe\U000e0001\U0010ffff",
+    "-" * 200 + "=" * 33 + "#" * 7 + " " * 65 + "\t" * 9 + "\n" * 12 + "a" * 99,
+    "def f(x):\n    return {'a': x[0]**2, \"b\": 'it''s'}  # comment\n\n\nclass A_b1(C):\n\tpass\n",
+    "https://example.org/a_b-c/?q=%20x&y=1#z foo@bar.baz C:\\dir\\file.txt /usr/lib/x86_64",
+)
+
+
+class Encoder(Protocol):
+    """What a worker turns texts into ids with."""
+
+    backend: str  # for the log
+    reference: Tokenizer
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
+        """The ids of each text, in order."""
+
+    def trim_memory(self) -> None:
+        """Give back what grew; called between blocks of texts."""
+
+
+class ReferenceEncoder:
+    """The library that defines the ids, in batches."""
+
+    def __init__(self, reference: Tokenizer) -> None:
+        self.reference = reference
+        self.backend = {SentencePieceTokenizer: "sentencepiece", HuggingFaceTokenizer: "tokenizers"}.get(type(reference), "bytes")
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
+        batch: list[str] = []
+        size = 0
+        for text in texts:
+            batch.append(text)
+            size += len(text)
+            if size >= _BATCH_CHARS:
+                yield from self.reference.encode_batch(batch)
+                batch, size = [], 0
+        if batch:
+            yield from self.reference.encode_batch(batch)
+
+    def trim_memory(self) -> None:
+        return
+
+
+class GigatokenEncoder:
+    """gigatoken, with the texts it is known to treat differently given to the reference.
+
+    Raises:
+        ExtensionError: gigatoken is not installed, or cannot take this kind of tokenizer.
+    """
+
+    def __init__(self, reference: SentencePieceTokenizer | HuggingFaceTokenizer) -> None:
+        try:
+            import gigatoken
+        except ImportError as error:
+            raise ExtensionError("gigatoken is not installed (pip install 'megarpt[fast]')") from error
+        self.reference = reference
+        self.backend = f"gigatoken {importlib.metadata.version('gigatoken')}"
+        self._open: Callable[[bytes], Any]
+        self._normalize: Callable[[str], str] | None = None
+        if isinstance(reference, SentencePieceTokenizer):
+            self._open = gigatoken.Tokenizer.from_sentencepiece
+            self._is_special = _finder(_control_names(reference))
+            self._normalize = _normalizer(reference)
+        else:
+            self._open = gigatoken.Tokenizer.from_json
+            self._is_special = _finder([token.content for token in reference.backend.get_added_tokens_decoder().values()])
+        try:
+            self._fast = self._open(reference.content)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ExtensionError(f"gigatoken cannot take {reference.name}: {str(error).splitlines()[0]}") from error
+        self._first_bytes = _resident_bytes()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return type(self), (self.reference,)
+
+    def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
+        fast, is_special, normalize = self._fast.encode, self._is_special, self._normalize
+        for text in texts:
+            if is_special(text):
+                yield np.array(self.reference.encode(text), dtype=np.uint32)
+            elif normalize is not None and not text.isascii():
+                yield self._fast.encode_no_normalize(normalize(text))
+            else:
+                yield fast(text)
+
+    def trim_memory(self) -> None:
+        """gigatoken remembers words it has seen, without a bound of its own."""
+        if _resident_bytes() - self._first_bytes > _CACHE_BYTES:
+            del self._fast
+            self._fast = self._open(self.reference.content)
+            self._first_bytes = max(self._first_bytes, _resident_bytes())
+
+
+def choose_encoder(tokenizer: Tokenizer, samples: Sequence[str], *, backend: Backend = "auto") -> Encoder:
+    """The fastest encoder that gives the tokenizer's own ids on `PROBES` and on samples of the corpus.
+
+    Raises:
+        DataError: `backend` is gigatoken and its ids differ.
+        ExtensionError: `backend` is gigatoken and it cannot be used.
+    """
+    if backend == "reference" or isinstance(tokenizer, ByteTokenizer):
+        return ReferenceEncoder(tokenizer)
+    assert isinstance(tokenizer, SentencePieceTokenizer | HuggingFaceTokenizer)
+    try:
+        fast = GigatokenEncoder(tokenizer)
+    except ExtensionError as error:
+        if backend == "gigatoken":
+            raise
+        logger.info("encoding with the reference library: %s", error)
+        return ReferenceEncoder(tokenizer)
+    difference = first_difference(fast, [*PROBES, *samples])
+    if difference is None:
+        logger.info("encoding with %s: its ids equal the reference's on %d samples of the corpus", fast.backend, len(samples))
+        return fast
+    message = f"{fast.backend} gives other ids than the reference for the text {difference!r}"
+    if backend == "gigatoken":
+        raise DataError(f"--backend gigatoken: {message}; expected equal ids: leave --backend out to use the reference")
+    logger.warning("%s: encoding with the reference library, which is slower", message)
+    return ReferenceEncoder(tokenizer)
+
+
+def first_difference(encoder: Encoder, texts: Sequence[str]) -> str | None:
+    """The first text whose ids differ from the reference's, shortened; None when all agree."""
+    for text, ids, expected in zip(texts, encoder.encode(texts), encoder.reference.encode_batch(texts), strict=True):
+        if not np.array_equal(ids, expected):
+            return text if len(text) <= 80 else text[:77] + "..."
+    return None
+
+
+def _control_names(reference: SentencePieceTokenizer) -> list[str]:
+    """Pieces that sentencepiece never finds in a text.
+
+    Raises:
+        ExtensionError: the model marks pieces as unused, which gigatoken would use.
+    """
+    processor = reference.processor
+    if any(processor.is_unused(number) for number in range(reference.vocab_size)):
+        raise ExtensionError(f"gigatoken cannot take {reference.name}: some of its pieces are marked unused")
+    hidden = [number for number in range(reference.vocab_size) if processor.is_control(number) or processor.is_unknown(number)]
+    return [processor.id_to_piece(number) for number in hidden] + ["<0x"]
+
+
+def _normalizer(reference: SentencePieceTokenizer) -> Callable[[str], str] | None:
+    """sentencepiece's own normalization, when the model's rule changes any character (blanks are not part of the rule)."""
+    normalize: Callable[[str], str] = reference.processor.normalize
+    everything = "".join(map(chr, itertools.chain(range(0x80, 0xD800), range(0xE000, 0x110000))))
+    return None if normalize(everything).removeprefix("▁") == everything else normalize
+
+
+def _finder(names: Sequence[str]) -> Callable[[str], bool]:
+    """A quick test whether a text holds any of these names."""
+    names = sorted({name for name in names if name})
+    if len(names) <= _FEW:
+        return lambda text: any(name in text for name in names)
+    beginnings = sorted({name[:2] for name in names})
+    pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    return lambda text: any(each in text for each in beginnings) and pattern.search(text) is not None
+
+
+def _resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,146 @@
+"""The head op's accuracy: at most twice plain torch's error against fp64, finite differences, and two ranks against one.
+
+Run as a program, this file is one of the two ranks: `python test_linear_logprob.py RANK WORLD STORE`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarpt.ops import reference
+from megarpt.ops.linear_logprob import linear_logprob
+from megarpt.testing.oracle import assert_within_twice
+
+CHUNK = 16
+
+
+def draw(t: int, h: int, v: int, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, labels and upstream gradients [2, t], two fifths of whose rows are zero; fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(t, h, generator=generator, dtype=torch.float64)
+    weight = scale * torch.randn(v, h, generator=generator, dtype=torch.float64) / h**0.5
+    labels = torch.randint(0, v, (t,), generator=generator)
+    upstream = torch.randn(2, t, generator=generator, dtype=torch.float64) * (torch.rand(t, generator=generator) < 0.6)
+    return hidden, weight, labels, upstream
+
+
+def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor, entropy: bool) -> dict[str, Tensor]:
+    """Results and gradients of one implementation, on leaf copies."""
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    logprob, entropies = function(hidden, weight, labels)
+    loss = (logprob * upstream[0].to(logprob.dtype)).sum()
+    results = {"logprob": logprob}
+    if entropy:
+        loss = loss + (entropies * upstream[1].to(logprob.dtype)).sum()
+        results["entropy"] = entropies
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+    return results | {"grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("mode", [{}, {"chunk_tokens": CHUNK}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 7), (13, 32, 101), (CHUNK - 1, 16, 64), (CHUNK, 16, 257), (CHUNK + 1, 48, 2), (61, 24, 1009)]
+)
+def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, shape) -> None:
+    for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):  # ordinary and very peaked distributions
+        exact = draw(*shape, scale=scale)
+        hidden, weight = (x.to(dtype) for x in exact[:2])
+        labels, upstream = exact[2:]
+
+        def plain(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
+            return reference.linear_logprob(x, w, y, temperature)
+
+        def ours(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
+            return linear_logprob(x, w, y, temperature=temperature, entropy=entropy, **mode)
+
+        oracle = evaluate(plain, hidden.double(), weight.double(), labels, upstream, entropy)
+        plains = evaluate(plain, hidden, weight, labels, upstream, entropy)
+        actual = evaluate(ours, hidden, weight, labels, upstream, entropy)
+        for name, value in actual.items():
+            assert value.dtype == (dtype if name.startswith("grad") else torch.float32)
+            # plain torch is exact by luck on tiny shapes: allow a few units in the last place of the largest value
+            floor = 4.0 * torch.finfo(value.dtype).eps * float(oracle[name].detach().abs().max())
+            assert_within_twice(value, plains[name], oracle[name], floor=floor, name=f"{name} at scale {scale}")
+
+
+@pytest.mark.parametrize("mode", [{}, {"chunk_tokens": 2}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_gradients_are_the_finite_differences(mode, temperature) -> None:
+    hidden, weight, labels, _ = draw(5, 3, 7)
+    labels[2] = -100
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def both(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return linear_logprob(x, w, labels, temperature=temperature, entropy=True, **mode)
+
+    assert torch.autograd.gradcheck(both, (hidden, weight))
+    assert torch.autograd.gradcheck(lambda x, w: both(x, w)[1], (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: linear_logprob(x, w, labels, temperature=temperature, **mode)[0], (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_chunk_sizes_agree(entropy) -> None:
+    arguments = draw(37, 16, 129)
+    expected = evaluate(lambda *x: linear_logprob(*x, entropy=entropy), *arguments, entropy)
+    for chunk in (1, 5, 36, 37, 38):
+        actual = evaluate(lambda *x, chunk=chunk: linear_logprob(*x, entropy=entropy, chunk_tokens=chunk), *arguments, entropy)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-12, atol=1e-13, msg=name)
+
+
+def test_improbable_labels_keep_their_logprob() -> None:
+    """Probabilities that underflow must not become minus infinity."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [300.0]])
+    logprob, _ = linear_logprob(hidden, weight, torch.tensor([0]))
+    assert logprob.item() == -300.0
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """The vocabulary split over two ranks, unevenly padded: results equal, gradients equal once summed over ranks."""
+    command = [sys.executable, __file__]
+    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+
+
+def run_rank(rank: int, world: int, store: str) -> None:
+    """Compare this rank's part with the whole, on every path; a vocabulary of 5 leaves rank 1 nothing but padding."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    for v, entropy, chunk, temperature in itertools.product((29, 32, 5), (False, True), (None, 4), (1.0, 0.6)):
+        hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
+        labels[3] = -100
+        rows = 16
+        padded = torch.cat([weight, torch.full((rows * world - v, weight.shape[1]), 3.0, dtype=weight.dtype)])
+        shard = padded[rank * rows : (rank + 1) * rows]
+        options = {"entropy": entropy, "chunk_tokens": chunk, "temperature": temperature}
+        group = {"tp_group": dist.group.WORLD, "vocab_start": rank * rows, "vocab_size": v}
+        expected = evaluate(lambda *x, o=options: linear_logprob(*x, **o), hidden, weight, labels, upstream, entropy)
+        actual = evaluate(lambda *x, o=options | group: linear_logprob(*x, **o), hidden, shard, labels, upstream, entropy)
+        dist.all_reduce(actual["grad_hidden"])
+        end = min(max(v - rank * rows, 0), rows)
+        if actual["grad_weight"][end:].any():
+            raise AssertionError(f"rank {rank}, v {v}: padding has a gradient")
+        actual["grad_weight"] = actual["grad_weight"][:end]
+        expected["grad_weight"] = expected["grad_weight"][rank * rows : rank * rows + end]
+        for name in expected:
+            torch.testing.assert_close(
+                actual[name], expected[name], rtol=1e-11, atol=1e-12, msg=f"rank {rank}: {name} differs, v {v}, {options}"
+            )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
