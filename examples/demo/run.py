@@ -162,7 +162,7 @@ def build_stages(out: Path, scale: Scale, device: str) -> list[Stage]:
             "evaluate",
             "Evaluate: held-out clean text, which tokens were kept, a generated sentence",
             (
-                *(evaluate(model) for model in ("base", "reference", "clm", "slm")),
+                *(evaluate(model) for model in ("clm", "slm")),
                 score("reference", "probe", "probe_reference"),
                 score("slm", "probe", "probe_slm"),
                 Command((*generate, "--device", device), "generate", out / "results" / "generated.txt"),

@@ -163,8 +163,6 @@ class TrainConfig(Section):
     """bf16 keeps fp32 master weights, fp32 main gradients and fp32 losses."""
     max_skipped_steps: NonNegative = 20
     """Stop (exit code 76) after this many non-finite steps in a row; each one is skipped on every rank and its batch dumped."""
-    compile: bool = False
-    """Compile the transformer layers with torch.compile."""
     head_chunk_tokens: NonNegative = 0
     """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
 
@@ -174,14 +172,8 @@ class ParallelConfig(Section):
 
     tensor_model_parallel_size: Positive = 1
     """Ranks that share each layer's matrices."""
-    pipeline_model_parallel_size: Positive = 1
-    """Stages of consecutive layers."""
-    context_parallel_size: Positive = 1
-    """Ranks that share each sequence."""
     sequence_parallel: bool = False
     """Shard norm and dropout activations along the sequence over the tensor-parallel ranks."""
-    distributed_optimizer: bool = False
-    """Shard optimizer state over the data-parallel ranks."""
 
 
 class EvaluationConfig(Section):

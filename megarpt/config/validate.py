@@ -20,30 +20,38 @@ Rule = Callable[[PretrainConfig], str | None]
 STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
 """Which per-token stream of the reference model a scorer reads."""
 
-OWN_KEY: dict[str, dict[str, str | None]] = {
+SET_BY_MEGARPT: dict[str, dict[str, str]] = {
     "model": {
-        "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
-        "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
-        "context_parallel_size": "parallel.context_parallel_size",
-        "sequence_parallel": "parallel.sequence_parallel",
-        "bf16": "train.precision",
-        "fp16": "train.precision",
-        "params_dtype": "train.precision",
-        "pipeline_dtype": "train.precision",
-        "calculate_per_token_loss": None,
+        "tensor_model_parallel_size": "use parallel.tensor_model_parallel_size",
+        "sequence_parallel": "use parallel.sequence_parallel",
+        "pipeline_model_parallel_size": "pipeline parallelism is not supported in this version",
+        "context_parallel_size": "context parallelism is not supported in this version",
+        "expert_model_parallel_size": "expert parallelism is not supported in this version",
+        "num_moe_experts": "mixture-of-experts layers are not supported in this version",
+        "window_size": "sliding-window attention is not supported in this version",
+        "bf16": "use train.precision",
+        "fp16": "use train.precision",
+        "params_dtype": "use train.precision",
+        "pipeline_dtype": "use train.precision",
+        "autocast_dtype": "use train.precision",
+        "enable_autocast": "use train.precision",
+        "activation_func": "use model.mcore.activation: silu, gelu or gelu_tanh",
+        "use_cpu_initialization": "it follows from run.device",
+        "calculate_per_token_loss": "it is what makes losses sums over tokens; remove it",
     },
     "optimizer": {
         **{
-            name: f"optimizer.{name}"
+            name: f"use optimizer.{name}"
             for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
         },
-        "use_distributed_optimizer": "parallel.distributed_optimizer",
-        "bf16": "train.precision",
-        "fp16": "train.precision",
-        "params_dtype": "train.precision",
+        "use_distributed_optimizer": "sharding optimizer state is not supported in this version",
+        "optimizer": "AdamW is the optimizer of this version",
+        "bf16": "use train.precision",
+        "fp16": "use train.precision",
+        "params_dtype": "use train.precision",
     },
 }
-"""megatron-core fields that megarpt sets itself, and the key that says what to set them to."""
+"""megatron-core fields that cannot be set in an `mcore` block, and what to do instead."""
 
 
 def global_batch_is_whole_micro_batches(cfg: PretrainConfig) -> str | None:
@@ -187,14 +195,6 @@ def kept_checkpoints_are_saved(cfg: PretrainConfig) -> str | None:
     return f"checkpoint.keep_every_steps: got {keep}, expected {expected}: no other step is saved"
 
 
-def pipeline_parallel_is_supported(cfg: PretrainConfig) -> str | None:
-    return _unsupported("pipeline_model_parallel_size", cfg.parallel.pipeline_model_parallel_size)
-
-
-def context_parallel_is_supported(cfg: PretrainConfig) -> str | None:
-    return _unsupported("context_parallel_size", cfg.parallel.context_parallel_size)
-
-
 def sequence_parallel_has_tensor_parallel(cfg: PretrainConfig) -> str | None:
     if not cfg.parallel.sequence_parallel or cfg.parallel.tensor_model_parallel_size > 1:
         return None
@@ -238,8 +238,6 @@ RULES: tuple[Rule, ...] = (
     held_out_names_are_plain,
     evaluation_has_corpora,
     kept_checkpoints_are_saved,
-    pipeline_parallel_is_supported,
-    context_parallel_is_supported,
     sequence_parallel_has_tensor_parallel,
     sequence_parallel_divides_the_tokens,
     mcore_model_keys_are_not_ours,
@@ -314,15 +312,10 @@ def _only_with_top_fraction(cfg: PretrainConfig, name: str) -> str | None:
     )
 
 
-def _unsupported(name: str, size: int) -> str | None:
-    if size == 1:
-        return None
-    return f"parallel.{name}: got {size}, expected 1: this version trains with data and tensor parallelism only"
-
-
 def _declared_twice(section: str, block: dict[str, object]) -> str | None:
-    for name in block:
-        if name in OWN_KEY[section]:
-            own = OWN_KEY[section][name]
-            return f"{section}.mcore.{name}: set by megarpt itself; {f'use {own}' if own else 'remove it'}"
-    return None
+    found = [
+        f"{section}.mcore.{name}: cannot be set here; {instead}"
+        for name, instead in SET_BY_MEGARPT[section].items()
+        if name in block
+    ]
+    return "\n  ".join(found) or None

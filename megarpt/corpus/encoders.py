@@ -1,13 +1,13 @@
 """Texts to ids, as fast as this machine can while giving the reference tokenizer's ids.
 
 gigatoken is an order of magnitude faster than the libraries that define the ids. It is used when it gives the same ids on
-samples of the very corpus and on a list of awkward texts. Three known differences are kept away from it:
+samples of the very corpus and on a list of awkward texts. Known differences are kept away from it:
 
-- it takes the name of a control piece in the text (a literal `<s>`) for the piece, as sentencepiece does not;
-- added tokens that swallow neighbouring blanks are a matter of each library;
-- it applies a sentencepiece normalization rule to grapheme clusters and sentencepiece applies it to code points.
-
-Texts with such names go to the reference, texts that are not ASCII are normalized by sentencepiece itself.
+- it takes the name of a control piece in the text (a literal `<s>`) for the piece, as sentencepiece does not: it is given the
+  model with these pieces renamed to what no text contains, and a text that contains it goes to the reference;
+- texts with added tokens that swallow blanks or apply to normalized text go to the reference;
+- it applies a sentencepiece normalization rule to grapheme clusters, sentencepiece applies it to code points: texts that are
+  not ASCII are normalized by sentencepiece itself.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Encoder(Protocol):
     """What a worker turns texts into ids with."""
 
     backend: str  # for the log
-    reference: Tokenizer
+
+    @property
+    def reference(self) -> Tokenizer:
+        """What defines the ids."""
 
     def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
         """The ids of each text, in order."""
@@ -69,7 +72,9 @@ class ReferenceEncoder:
 
     def __init__(self, reference: Tokenizer) -> None:
         self.reference = reference
-        self.backend = {SentencePieceTokenizer: "sentencepiece", HuggingFaceTokenizer: "tokenizers"}.get(type(reference), "bytes")
+        self.backend = {SentencePieceTokenizer: "sentencepiece", HuggingFaceTokenizer: "tokenizers"}.get(
+            type(reference), "bytes"
+        )
 
     def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
         batch: list[str] = []
@@ -101,17 +106,16 @@ class GigatokenEncoder:
             raise ExtensionError("gigatoken is not installed (pip install 'megarpt[fast]')") from error
         self.reference = reference
         self.backend = f"gigatoken {importlib.metadata.version('gigatoken')}"
-        self._open: Callable[[bytes], Any]
         self._normalize: Callable[[str], str] | None = None
         if isinstance(reference, SentencePieceTokenizer):
-            self._open = gigatoken.Tokenizer.from_sentencepiece
-            self._is_special = _finder(_control_names(reference))
-            self._normalize = _normalizer(reference)
+            self._open, self._normalize = gigatoken.Tokenizer.from_sentencepiece, _normalizer(reference)
+            self._content, avoided, self.names = _without_controls(reference)
         else:
-            self._open = gigatoken.Tokenizer.from_json
-            self._is_special = _finder([token.content for token in reference.backend.get_added_tokens_decoder().values()])
+            self._open, self._content = gigatoken.Tokenizer.from_json, reference.content
+            avoided, self.names = _added_tokens(reference)
+        self._is_avoided = _finder(avoided)
         try:
-            self._fast = self._open(reference.content)
+            self._fast = self._open(self._content)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ExtensionError(f"gigatoken cannot take {reference.name}: {str(error).splitlines()[0]}") from error
         self._first_bytes = _resident_bytes()
@@ -120,9 +124,9 @@ class GigatokenEncoder:
         return type(self), (self.reference,)
 
     def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
-        fast, is_special, normalize = self._fast.encode, self._is_special, self._normalize
+        fast, is_avoided, normalize = self._fast.encode, self._is_avoided, self._normalize
         for text in texts:
-            if is_special(text):
+            if is_avoided(text):
                 yield np.array(self.reference.encode(text), dtype=np.uint32)
             elif normalize is not None and not text.isascii():
                 yield self._fast.encode_no_normalize(normalize(text))
@@ -133,7 +137,7 @@ class GigatokenEncoder:
         """gigatoken remembers words it has seen, without a bound of its own."""
         if _resident_bytes() - self._first_bytes > _CACHE_BYTES:
             del self._fast
-            self._fast = self._open(self.reference.content)
+            self._fast = self._open(self._content)
             self._first_bytes = max(self._first_bytes, _resident_bytes())
 
 
@@ -154,7 +158,7 @@ def choose_encoder(tokenizer: Tokenizer, samples: Sequence[str], *, backend: Bac
             raise
         logger.info("encoding with the reference library: %s", error)
         return ReferenceEncoder(tokenizer)
-    difference = first_difference(fast, [*PROBES, *samples])
+    difference = first_difference(fast, [*PROBES, *_name_probes(fast.names), *samples])
     if difference is None:
         logger.info("encoding with %s: its ids equal the reference's on %d samples of the corpus", fast.backend, len(samples))
         return fast
@@ -173,17 +177,69 @@ def first_difference(encoder: Encoder, texts: Sequence[str]) -> str | None:
     return None
 
 
-def _control_names(reference: SentencePieceTokenizer) -> list[str]:
-    """Pieces that sentencepiece never finds in a text.
+def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[str], list[str]]:
+    """The model with its control pieces renamed, the names that must not reach gigatoken, and those that are worth a probe.
+
+    A piece is renamed in place, to as many bytes of noncharacters, so that nothing else in the file has to change.
 
     Raises:
         ExtensionError: the model marks pieces as unused, which gigatoken would use.
     """
-    processor = reference.processor
-    if any(processor.is_unused(number) for number in range(reference.vocab_size)):
+    import sentencepiece
+
+    processor, count = reference.processor, reference.vocab_size
+    if any(processor.is_unused(number) for number in range(count)):
         raise ExtensionError(f"gigatoken cannot take {reference.name}: some of its pieces are marked unused")
-    hidden = [number for number in range(reference.vocab_size) if processor.is_control(number) or processor.is_unknown(number)]
-    return [processor.id_to_piece(number) for number in hidden] + ["<0x"]
+    content = reference.content
+    avoided: list[str] = []
+    names = [processor.id_to_piece(number) for number in range(count)]
+    vocabulary = frozenset(names)
+    special: list[str] = []
+    for number, name in enumerate(names):
+        if processor.is_control(number):
+            special.append(name)
+            content, new = _rename_piece(content, name, number)
+            avoided.append(new)
+        elif processor.is_unknown(number) or processor.is_byte(number):
+            special.append(name)
+            if any(name[:at] in vocabulary and name[at:] in vocabulary for at in range(1, len(name))):
+                avoided.append(name)  # gigatoken would merge its parts into it
+        elif processor.is_user_defined(number):
+            special.append(name)
+    renamed = sentencepiece.SentencePieceProcessor(model_proto=content)
+    for number in range(count):
+        if renamed.id_to_piece(number) != names[number] and not processor.is_control(number):
+            raise ExtensionError(
+                f"gigatoken cannot take {reference.name}: its control pieces cannot be told from {names[number]!r}"
+            )
+    return content, avoided, special
+
+
+def _rename_piece(content: bytes, name: str, number: int) -> tuple[bytes, str]:
+    """The model with a piece renamed, and the new name; the name it has when that cannot be done without doubt."""
+    old = name.encode()
+    new = ("\uffff" + chr(1 + number % 31) * max(0, len(old) - 3)).encode()
+    framed = [bytes([0x0A, len(each)]) + each + b"\x15" for each in (old, new) if len(each) < 0x80]  # its text, then its score
+    if len(framed) < 2 or len(old) != len(new) or content.count(framed[0]) != 1:
+        return content, name
+    return content.replace(framed[0], framed[1]), "\uffff"
+
+
+def _added_tokens(reference: HuggingFaceTokenizer) -> tuple[list[str], list[str]]:
+    """Names of added tokens that must not reach gigatoken, and those that may."""
+    normalizes = reference.backend.normalizer is not None
+    avoided: list[str] = []
+    plain: list[str] = []
+    for token in reference.backend.get_added_tokens_decoder().values():
+        odd = token.lstrip or token.rstrip or token.single_word or (token.normalized and normalizes)
+        (avoided if odd else plain).append(token.content)
+    return avoided, plain
+
+
+def _name_probes(names: Sequence[str]) -> list[str]:
+    """Texts that spell special names, at most some dozens of them."""
+    some = names[:: max(1, len(names) // 48)]
+    return [f"a{name}b {name} c{name}{name}\n{name[:-1]} {name}" for name in some]
 
 
 def _normalizer(reference: SentencePieceTokenizer) -> Callable[[str], str] | None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -398,3 +400,50 @@ def _open_parquet(file: InputFile) -> Any:
         return pyarrow.parquet.ParquetFile(file.path)
     except (ValueError, OSError) as error:
         raise unreadable(file, error) from error
+
+
+def sample_texts(files: Sequence[InputFile], options: ReadOptions, *, count: int = 64, characters: int = 4096) -> list[str]:
+    """Pieces of documents from all over the inputs, the same every time; malformed lines are passed over.
+
+    Files that cannot be cut are sampled at their beginning.
+    """
+    total = sum(file.size for file in files)
+    edges = list(itertools.accumulate((file.size for file in files), initial=0))
+    taken: Counter[int] = Counter()  # documents sampled from files that can only be read from the start
+    samples: list[str] = []
+    for number in range(count):
+        position = total * number // count
+        index = bisect_right(edges, position) - 1
+        if index >= len(files):
+            continue
+        file = files[index]
+        lines = file.format == "jsonl" or options.text_documents == "line"
+        if file.is_cuttable and lines:
+            texts = _first_texts(file, Segment(index, position - edges[index], file.size), options, 1)
+        elif taken[index]:
+            continue
+        else:
+            wanted = max(1, count * file.size // max(total, 1))
+            texts = _first_texts(file, Segment(index, 0, _end(file)), options, wanted)
+            taken[index] += 1
+        for text in texts:
+            start = max(0, (len(text) - characters) * number // count)  # anywhere in the document, not only its beginning
+            samples.append(text[start : start + characters])
+    return samples
+
+
+def _end(file: InputFile) -> int:
+    """Where a segment that covers the file's beginning may end: the first row group, or all bytes."""
+    return 1 if file.format == "parquet" else file.size
+
+
+def _first_texts(file: InputFile, segment: Segment, options: ReadOptions, count: int) -> list[str]:
+    texts: list[str] = []
+    try:
+        for block in read_documents(file, segment, options, lambda _line, _reason: None):
+            texts += [text for text in block.texts[: count - len(texts)] if text]
+            if len(texts) >= count:
+                break
+    except DataError:
+        return texts  # the job itself meets the damage and names it
+    return texts

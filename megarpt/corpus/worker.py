@@ -162,9 +162,7 @@ def _encode_segments(
             read_bytes += block.read_bytes
             report(read_bytes, output.num_documents, output.num_tokens)
             encoder.trim_memory()
-        result.documents_by_file[segment.file] = (
-            result.documents_by_file.get(segment.file, 0) + output.num_documents - before
-        )
+        result.documents_by_file[segment.file] = result.documents_by_file.get(segment.file, 0) + output.num_documents - before
 
 
 def too_many_malformed(file: InputFile, line: int, reason: str, allowed: int) -> DataError:

@@ -20,7 +20,7 @@ from megarpt.config.schema import ModelConfig, PretrainConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError
 from megarpt.model.attention import PackedSegments
-from megarpt.model.presets import PRESETS, Preset
+from megarpt.model.presets import PRESETS
 from megarpt.model.specs import Backend, decoder_spec, default_backend
 from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
@@ -31,70 +31,42 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
-# Fields that follow from the rest of the configuration; setting them by hand could only contradict it.
-_DERIVED = {
-    "calculate_per_token_loss": "it is what makes losses sums over tokens",
-    "bf16": "use train.precision",
-    "fp16": "use train.precision",
-    "params_dtype": "use train.precision",
-    "pipeline_dtype": "use train.precision",
-    "autocast_dtype": "use train.precision",
-    "enable_autocast": "use train.precision",
-    "tensor_model_parallel_size": "use parallel.tensor_model_parallel_size",
-    "sequence_parallel": "use parallel.sequence_parallel",
-    "use_cpu_initialization": "it follows from run.device",
-    "activation_func": "use model.mcore.activation: silu, gelu or gelu_tanh",
-    "num_moe_experts": "mixture-of-experts layers are not supported in this version",
-    "window_size": "sliding-window attention is not supported in this version",
-    "pipeline_model_parallel_size": "pipeline parallelism is not supported in this version",
-    "context_parallel_size": "context parallelism is not supported in this version",
-    "expert_model_parallel_size": "expert parallelism is not supported in this version",
-}
 
 
-def find_preset(name: str) -> Preset:
-    """The preset called `name`.
-
-    Raises:
-        ConfigError: there is none; the message lists all.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"model.preset: got {name!r}, expected one of {', '.join(sorted(PRESETS))}")
-    return PRESETS[name]
-
-
-def check_mcore_fields(block: str, given: Mapping[str, Any], target: type, derived: Mapping[str, str]) -> None:
-    """Every key of an `mcore` block must be a field of megatron-core's dataclass that the configuration leaves open.
-
-    Raises:
-        ConfigError: naming all keys that are not, each with its nearest match.
-    """
+def unknown_fields(block: str, given: Mapping[str, Any], target: type) -> list[str]:
+    """One message for each key of an `mcore` block that megatron-core's dataclass `target` does not have."""
     known = {field.name for field in dataclasses.fields(target) if field.init}
-    problems = []
+    messages = []
     for key in given:
-        if key in derived:
-            problems.append(f"{block}.{key}: cannot be set here; {derived[key]}")
-        elif key not in known:
+        if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
-            problems.append(f"{block}.{key}: not a field of megatron-core's {target.__name__}{hint}")
-    if problems:
-        raise ConfigError("\n".join(problems))
+            messages.append(f"{block}.{key}: not a field of megatron-core's {target.__name__}{hint}")
+    return messages
+
+
+def model_mistakes(cfg: ModelConfig) -> list[str]:
+    """What only the engine can know to be wrong in `model`, before anything is built."""
+    messages = unknown_fields("model.mcore", {k: v for k, v in cfg.mcore.items() if k != "activation"}, TransformerConfig)
+    activation = cfg.mcore.get("activation")
+    if activation is not None and activation not in _ACTIVATIONS:
+        messages.append(f"model.mcore.activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
+    if cfg.preset not in PRESETS:
+        messages.append(f"model.preset: got {cfg.preset!r}, expected one of {', '.join(sorted(PRESETS))}")
+    return messages
 
 
 def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: bool) -> TransformerConfig:
     """megatron-core's TransformerConfig of a run.
 
     Raises:
-        ConfigError: an unknown or contradictory field, or values megatron-core refuses.
+        ConfigError: unknown names, or values megatron-core refuses.
     """
-    fields = dict(find_preset(cfg.model.preset).transformer) | dict(cfg.model.mcore)
+    mistakes = model_mistakes(cfg.model)
+    if mistakes:
+        raise ConfigError("\n  ".join(mistakes))
+    fields = dict(PRESETS[cfg.model.preset].transformer) | dict(cfg.model.mcore)
     activation = fields.pop("activation")
-    if activation not in _ACTIVATIONS:
-        raise ConfigError(f"model.mcore.activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    check_mcore_fields(
-        "model.mcore", {k: v for k, v in cfg.model.mcore.items() if k != "activation"}, TransformerConfig, _DERIVED
-    )
     bf16 = cfg.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
     defaults: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "persist_layer_norm": False}
@@ -138,7 +110,7 @@ def build_network(
     Raises:
         ConfigError: data.seq_length exceeds what the preset's positions allow.
     """
-    preset = find_preset(cfg.model.preset)
+    preset = PRESETS[cfg.model.preset]
     if cfg.data.seq_length > preset.max_sequence_length:
         raise ConfigError(
             f"data.seq_length: got {cfg.data.seq_length}, but preset {cfg.model.preset!r} has positions for "

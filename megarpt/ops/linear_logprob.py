@@ -18,8 +18,6 @@ Dims: t tokens, n tokens with a label, h hidden, v vocabulary rows on this rank 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -27,24 +25,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.errors import ShapeError
+from megarpt.ops.softmax_blocks import (
+    RowStatistics,
+    Shard,
+    combine_over_ranks,
+    fill_statistics,
+    to_softmax,
+    to_weighted_softmax,
+    wide_dtype,
+)
 
 KEEP_BYTES = 512 * 2**20  # logits up to this size are held from forward to backward
 CHUNK_BYTES = 64 * 2**20  # size of one chunk of logits otherwise
 _GATHER_BYTES = 16 * 2**20  # rows of kept logits that backward collects at a time when some are left out
-_BLOCK_BYTES = {"cpu": 1024 * 1024}  # fp32 rows worked on at a time: a core's second-level cache
-_BLOCK_BYTES_ACCELERATOR = 64 * 2**20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 class _Options(NamedTuple):
-    temperature: float
+    shard: Shard
     entropy: bool
     chunk: int  # rows of logits per matrix product
     keep: bool  # hold [n, v] from forward to backward
     tp_group: dist.ProcessGroup | None
     vocab_start: int  # first vocabulary entry of this rank
     vocab_size: int  # entries of the whole vocabulary that exist; rows beyond are padding
-    num_valid: int  # rows of `weight` that exist
     accumulate_main_grad: bool
 
 
@@ -115,14 +119,13 @@ def linear_logprob(
         )
     chunk, keep = plan_chunks(labels.numel(), weight.shape[0], weight.dtype, chunk_tokens, keep_bytes)
     options = _Options(
-        temperature=float(temperature),
+        shard=Shard(valid, float(temperature)),
         entropy=entropy,
         chunk=chunk,
         keep=keep,
         tp_group=tp_group if tp_group is not None and dist.get_world_size(tp_group) > 1 else None,
         vocab_start=vocab_start,
         vocab_size=valid if vocab_size is None else vocab_size,
-        num_valid=valid,
         accumulate_main_grad=accumulate_main_grad,
     )
     # grad mode is off inside forward(), so whether a backward pass can follow has to be seen here
@@ -175,111 +178,27 @@ def _check(
     return min(max(end - vocab_start, 0), weight.shape[0])
 
 
-def _block_rows(logits: Tensor) -> int:
-    """Rows whose fp32 copy stays in cache on a CPU, and is not a second chunk elsewhere."""
-    budget = _BLOCK_BYTES.get(logits.device.type)
-    budget = _BLOCK_BYTES_ACCELERATOR if budget is None else budget * torch.get_num_threads()
-    return min(max(1, budget // (4 * logits.shape[1])), max(1, logits.shape[0]))
-
-
-def _scaled_logits(logits: Tensor, out: Tensor, options: _Options) -> Tensor:
-    """fp32 copy (fp64 for fp64) of a block of logits, divided by the temperature, padding at minus infinity."""
-    scaled = out[: logits.shape[0]].copy_(logits)
-    if options.temperature != 1.0:
-        scaled.div_(options.temperature)
-    if options.num_valid < scaled.shape[1]:
-        scaled[:, options.num_valid :] = float("-inf")
-    return scaled
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _Statistics(NamedTuple):
-    """Per row, [n] each. Local to this rank's part of the vocabulary until `_combine`."""
-
-    largest: Tensor  # logit
-    log_sum: Tensor  # log of the sum of exp(logit - largest); kept apart from `largest`, as p near 1 needs every digit of it
-    target: Tensor  # logit of the label, 0 where the label lives on another rank
-    surprise: Tensor | None  # sum of p * log p, p normalised over this rank's part; the negative entropy after `_combine`
-
-
-def _forward_chunk(logits: Tensor, local: Tensor, here: Tensor, out: _Statistics, store: bool, options: _Options) -> None:
-    """Fill the statistics of a chunk; with `store`, also overwrite its logits by its softmax over this rank's part.
-
-    Shapes: logits [c, v]; local [c] labels counted from this rank's first row, clamped into range; here [c] bool.
-    """
-    if options.num_valid == 0:
-        out.largest.fill_(float("-inf"))
-        out.log_sum.zero_()
-        out.target.zero_()
-        if out.surprise is not None:
-            out.surprise.zero_()
-        if store:
-            logits.zero_()
-        return
-    wide, rows = out.target.dtype, _block_rows(logits)
-    torch.div(logits.gather(1, local[:, None])[:, 0].to(wide), options.temperature, out=out.target)
-    out.target.masked_fill_(~here, 0.0)
-    in_place = store and logits.dtype == wide
-    copies = logits.new_empty(1 if in_place else 2, rows, logits.shape[1], dtype=wide)
-    surprises: Iterable[Tensor | None] = repeat(None) if out.surprise is None else out.surprise.split(rows)
-    parts = zip(logits.split(rows), out.largest.split(rows), out.log_sum.split(rows), surprises, strict=False)
-    for block, largest, log_sum, surprise in parts:
-        z = _scaled_logits(block, copies[0], options)
-        torch.amax(z, dim=-1, out=largest)
-        softmax = torch.softmax(z, dim=-1, out=block if in_place else copies[1][: block.shape[0]])
-        # the largest probability is exp(0) / sum, so its logarithm gives the sum without a pass of exponentials of our own
-        torch.amax(softmax, dim=-1, out=log_sum).log_().neg_()
-        if store and not in_place:
-            block.copy_(softmax)
-        if surprise is not None:
-            log_p = z[:, : options.num_valid].sub_(largest[:, None]).sub_(log_sum[:, None])
-            torch.sum(log_p.mul_(softmax[:, : options.num_valid]), dim=-1, out=surprise)
-
-
-def _combine(stats: _Statistics, group: dist.ProcessGroup) -> tuple[_Statistics, Tensor]:
-    """Statistics of the whole vocabulary, and the share [n] of it that this rank's part holds."""
-    largest = stats.largest.clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    log_mass = stats.largest - largest + stats.log_sum  # minus infinity where a rank holds nothing but padding
-    mass = log_mass.exp()
-    sums = [mass, stats.target]
-    if stats.surprise is not None:
-        # over the whole vocabulary, sum p log p = sum over ranks of share * (surprise + log share), share = mass / total
-        sums.append(torch.where(mass > 0.0, mass * (stats.surprise + log_mass), 0.0))
-    packed = torch.stack(sums)
-    dist.all_reduce(packed, op=dist.ReduceOp.SUM, group=group)
-    total = packed[0]
-    surprise = None if stats.surprise is None else packed[2] / total - total.log()
-    return _Statistics(largest, total.log(), packed[1], surprise), mass / total
-
-
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
         rows = None if labels.numel() == 0 or bool((labels >= 0).all()) else torch.nonzero(labels >= 0)[:, 0]
         x, y = (hidden, labels) if rows is None else (hidden.index_select(0, rows), labels.index_select(0, rows))
         local = y - options.vocab_start
-        here = (local >= 0) & (local < options.num_valid)
-        local = local.clamp(0, max(0, options.num_valid - 1))
+        here = (local >= 0) & (local < options.shard.num_valid)
+        local = local.clamp(0, max(0, options.shard.num_valid - 1))
 
         num_rows, chunk = y.numel(), min(options.chunk, max(1, y.numel()))
         store_softmax = options.keep and not options.entropy
         logits = x.new_empty(num_rows if options.keep else chunk, weight.shape[0])
-        stats = _Statistics(*x.new_empty(3, num_rows, dtype=_wide(x.dtype)), None)
-        if options.entropy:
-            stats = stats._replace(surprise=torch.empty_like(stats.target))
+        stats = RowStatistics.empty(num_rows, x, options.entropy)
         for start in range(0, num_rows, chunk):
             span = slice(start, min(start + chunk, num_rows))
             z = logits[span] if options.keep else logits[: span.stop - start]
             torch.mm(x[span], weight.t(), out=z)
-            out = _Statistics(*(None if part is None else part[span] for part in stats))  # type: ignore[arg-type]
-            _forward_chunk(z, local[span], here[span], out, store_softmax, options)
+            fill_statistics(z, local[span], here[span], stats.rows(span), store_softmax, options.shard)
         share = None
         if options.tp_group is not None:
-            stats, share = _combine(stats, options.tp_group)
+            stats, share = combine_over_ranks(stats, options.tp_group)
             if store_softmax:
                 logits.mul_(share[:, None])
 
@@ -369,7 +288,8 @@ class _GradientSource(NamedTuple):
 
     def rows(self, x: Tensor, at: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradient [c, v] of the rows `at`, whose hidden states are `x`; it is to be multiplied by the factors [c]."""
-        scale = -1.0 / self.options.temperature
+        shard = self.options.shard
+        scale = -1.0 / shard.temperature
         if buffer is None:
             assert self.saved is not None and self.grad_logprob is not None
             return self.saved, self.grad_logprob * scale
@@ -388,7 +308,7 @@ class _GradientSource(NamedTuple):
         local, here, logprob = (part.index_select(0, at) for part in (self.local, self.here, self.logprob))
         if grad_entropy is None:
             assert grad_logprob is not None
-            self._to_softmax(logits, share)
+            to_softmax(logits, share, shard)
             at_label = torch.expm1(logprob)
             factor = grad_logprob * scale
         else:
@@ -396,44 +316,15 @@ class _GradientSource(NamedTuple):
             negative_entropy = self.negative_entropy.index_select(0, at)
             grad_logprob = torch.zeros_like(grad_entropy) if grad_logprob is None else grad_logprob
             # d logprob / d z = onehot - p,  d entropy / d z = -p * (log p + entropy); negated here, as the factor is negative
-            norm = self.largest.index_select(0, at), self.log_sum.index_select(0, at)
-            self._to_weighted_softmax(logits, share, norm, grad_logprob - grad_entropy * negative_entropy, grad_entropy)
+            log_sum_exp = self.largest.index_select(0, at), self.log_sum.index_select(0, at)
+            constant = grad_logprob - grad_entropy * negative_entropy
+            to_weighted_softmax(logits, share, log_sum_exp, constant, grad_entropy, shard)
             probability = logprob.exp()
             at_label = grad_logprob * torch.expm1(logprob) + grad_entropy * probability * (logprob - negative_entropy)
             factor = torch.full_like(logprob, scale)
         labelled = torch.nonzero(here)[:, 0]
         logits[labelled, local[labelled]] = at_label[labelled].to(logits.dtype)
         return logits, factor
-
-    def _to_softmax(self, logits: Tensor, share: Tensor | None) -> None:
-        """logits <- p, normalised over the whole vocabulary."""
-        if self.options.num_valid == 0:
-            logits.zero_()
-            return
-        rows = _block_rows(logits)
-        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.logprob.dtype)
-        for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
-            softmax = torch.softmax(_scaled_logits(block, copies[0], self.options), dim=-1, out=copies[1][: block.shape[0]])
-            block.copy_(softmax if share is None else softmax.mul_(share[start : start + rows, None]))
-
-    def _to_weighted_softmax(
-        self, logits: Tensor, share: Tensor | None, norm: tuple[Tensor, Tensor], constant: Tensor, slope: Tensor
-    ) -> None:
-        """logits <- p * (constant + slope * log p), with p normalised over the whole vocabulary."""
-        valid = self.options.num_valid
-        logits[:, valid:] = 0.0
-        if valid == 0:
-            return
-        rows = _block_rows(logits)
-        copies = logits.new_empty(2, rows, logits.shape[1], dtype=self.logprob.dtype)
-        for start, block in zip(range(0, logits.shape[0], rows), logits.split(rows), strict=True):
-            span = slice(start, start + rows)
-            z = _scaled_logits(block, copies[0], self.options)
-            softmax = torch.softmax(z, dim=-1, out=copies[1][: block.shape[0]])[:, :valid]
-            if share is not None:
-                softmax.mul_(share[span, None])
-            log_p = z[:, :valid].sub_(norm[0][span, None]).sub_(norm[1][span, None])
-            block[:, :valid] = log_p.mul_(slope[span, None]).add_(constant[span, None]).mul_(softmax)
 
 
 class _WeightGradient:
@@ -449,7 +340,7 @@ class _WeightGradient:
             self.total = torch.mm(logits_grad.t(), x)
             return
         if self.total is None:
-            self.total = torch.mm(logits_grad.t(), x).to(_wide(x.dtype))
+            self.total = torch.mm(logits_grad.t(), x).to(wide_dtype(x.dtype))
         elif self.total.dtype == x.dtype:
             self.total.addmm_(logits_grad.t(), x)
         else:
@@ -463,6 +354,6 @@ class _WeightGradient:
             return None
         # DistributedDataParallel's hook only runs when some gradient arrives; it ignores the values, unless the weight is
         # shared with the input embedding (zero_out_wgrad), whose gradient autograd adds to this one
-        self.parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        self.parameter.grad_added_to_main_grad = True
         make = torch.zeros if getattr(self.parameter, "zero_out_wgrad", False) else torch.empty
         return make(self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)

@@ -14,7 +14,7 @@ from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
-from megarpt.model.build import build_model, unwrap
+from megarpt.model.build import build_model, model_mistakes, unwrap
 from megarpt.model.token_stats_gpt import count_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
@@ -25,7 +25,7 @@ from megarpt.train.dump import BatchDumper
 from megarpt.train.evaluation import evaluate
 from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
-from megarpt.train.optimizer import build_optimizer
+from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
 from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     """Train to the end of the configuration; the exit code. Errors say theirs by themselves."""
+    mistakes = [*model_mistakes(cfg.model), *optimizer_mistakes(cfg.optimizer)]
+    if mistakes:
+        raise ConfigError("\n  ".join([f"{len(mistakes)} mistakes in the configuration", *mistakes]))
     layout = ParallelLayout.resolve(cfg.parallel, runtime.world_size)
     groups = layout.initialize(cfg.run.seed)
     is_writer = runtime.rank == 0

@@ -188,10 +188,13 @@ def check_files(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> l
 
 def remove_leftovers(directory: Path) -> list[str]:
     """Remove what a killed process was writing or deleting; the names. Only for the process that owns the folder."""
-    leftovers = _matching(directory, _LEFTOVER)
-    for folder in leftovers:
+    folders = _matching(directory, _LEFTOVER)
+    for folder in folders:
         shutil.rmtree(folder)
-    return sorted(folder.name for folder in leftovers)
+    pointers = list(directory.glob(f".{LATEST}.*.tmp"))
+    for pointer in pointers:
+        pointer.unlink()
+    return sorted(path.name for path in folders + pointers)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

@@ -13,24 +13,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarpt.config.schema import OptimizerConfig, TrainConfig
 from megarpt.errors import ConfigError
-from megarpt.model.build import check_mcore_fields
+from megarpt.model.build import unknown_fields
 from megarpt.parallel.layout import ProcessGroups
 
-_DECLARED = (
-    "lr",
-    "min_lr",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "clip_grad",
-)
-_DERIVED = {name: f"use optimizer.{name}" for name in _DECLARED} | {
-    "bf16": "use train.precision",
-    "fp16": "use train.precision",
-    "params_dtype": "use train.precision",
-    "use_distributed_optimizer": "sharding optimizer state is not supported in this version",
-}
+_DECLARED = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+
+
+def optimizer_mistakes(cfg: OptimizerConfig) -> list[str]:
+    """What only the engine can know to be wrong in `optimizer`, before anything is built."""
+    return unknown_fields("optimizer.mcore", cfg.mcore, McoreOptimizerConfig)
 
 
 def build_optimizer(
@@ -41,9 +32,11 @@ def build_optimizer(
     Units: the schedule's steps are tokens fed through the model, global over all ranks.
 
     Raises:
-        ConfigError: an unknown or contradictory key in optimizer.mcore.
+        ConfigError: unknown names, or values megatron-core refuses.
     """
-    check_mcore_fields("optimizer.mcore", cfg.mcore, McoreOptimizerConfig, _DERIVED)
+    mistakes = optimizer_mistakes(cfg)
+    if mistakes:
+        raise ConfigError("\n  ".join(mistakes))
     bf16 = train.precision == "bf16"
     fields: dict[str, Any] = {name: getattr(cfg, name) for name in _DECLARED}
     try:

@@ -61,7 +61,6 @@ _FREE_KEYS = (
     "data.valid",
     "train.train_tokens",
     "train.max_skipped_steps",
-    "train.compile",
     "train.head_chunk_tokens",
     "parallel",
     "evaluation",

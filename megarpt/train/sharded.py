@@ -38,6 +38,7 @@ from megarpt.errors import CheckpointError
 
 # How the optimizer shards its state: the one form that loads under every layout.
 OPTIMIZER_METADATA: Mapping[str, Any] = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
 
 class InProcessSaveStrategy(TorchDistSaveShardedStrategy):
@@ -78,10 +79,23 @@ def save_sharded(sharded: dict[str, Any], directory: Path, strategy: Any) -> Non
     try:
         dist_checkpointing.save(sharded, str(directory), strategy)
     except CheckpointException as error:
-        for rank, (cause, _) in sorted(error.failures.items()):
-            if isinstance(cause, OSError):
-                raise OSError(cause.errno, f"{cause.strerror} (rank {rank})", str(directory)) from error
-        raise
+        refusals = {rank: text for rank, (cause, _) in error.failures.items() if (text := _refusal(cause)) is not None}
+        if not refusals:
+            raise
+        raise OSError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(refusals.items()))) from error
+    except RuntimeError as error:
+        text = _refusal(error)
+        if text is None:
+            raise
+        raise OSError(text) from error
+
+
+def _refusal(cause: BaseException) -> str | None:
+    """What the file system said; None when the failure is of another kind. torch's archive writer says it as RuntimeError."""
+    is_archive = isinstance(cause, RuntimeError) and "inline_container" in str(cause)
+    if is_archive and isinstance(cause.__context__, OSError):
+        return str(cause.__context__)
+    return str(cause) if is_archive or isinstance(cause, OSError) else None
 
 
 def load_sharded(
@@ -122,8 +136,11 @@ def local_bytes(sharded: Any) -> int:
     return sum(t.data.nbytes for t in _tensors(sharded) if is_main_replica(t.replica_id))
 
 
-def content_hash(directory: Path) -> str:
+def content_hash(directory: Path, vocab_size: int) -> str:
     """sha256 over names, types, shapes and values of all tensors, whatever the layout that wrote them.
+
+    Of the tensors with a row for every entry of the vocabulary only `vocab_size` rows count: the rest is padding, and how much
+    of it there is depends on the layout.
 
     Cost: reads every tensor; memory of the largest.
     """
@@ -136,6 +153,8 @@ def content_hash(directory: Path) -> str:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
             read_tensors({key: tensor}, storage_reader=FileSystemReader(directory), no_dist=True)
+        if key in _VOCABULARY_TENSORS:
+            tensor = tensor[:vocab_size]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

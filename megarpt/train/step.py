@@ -77,6 +77,13 @@ class TrainStep:
         return self._update(tokens_seen)
 
     @torch.no_grad()
+    def parameters_are_finite(self) -> bool:
+        """Whether every parameter of every rank is finite. Collectives: one all-reduce over the world."""
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all().int()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite.item())
+
+    @torch.no_grad()
     def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[Tensor]:
         """Weights of all micro-batches, chosen together. Cost: one more forward pass."""
         needs_entropy = self.objective.needs_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from megarpt.train.rundir import RunDir
 from megarpt.train.signals import StopSignal
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -96,7 +99,10 @@ class Trainer:
         self.evaluated_at = self.state.progress.step
 
     def save(self) -> None:
-        """A checkpoint, with its metrics on disk before it."""
+        """A checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
+        if self.state.skipped_in_a_row and not self.step.parameters_are_finite():
+            logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
+            return
         self.monitor.log.flush()
         with self.monitor.phase("save"):
             state = replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict())

@@ -85,7 +85,7 @@ def checkpoint_hash(path: str | Path) -> str:
     problems = check_files(checkpoint, manifest, [name for name in manifest.files if name.startswith(MODEL + "/")])
     if problems:
         raise CheckpointError("\n".join(problems))
-    return content_hash(checkpoint / MODEL)
+    return content_hash(checkpoint / MODEL, manifest.model[_VOCABULARY])
 
 
 def describe_model(network: torch.nn.Module) -> dict[str, Any]:

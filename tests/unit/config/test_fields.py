@@ -25,7 +25,7 @@ def test_keys_types_and_defaults():
     assert fields["objective.reference.checkpoint"].type == "text"
     assert fields["train.precision"].type == "fp32 | bf16"
     assert fields["optimizer.lr_decay_tokens"].type == "integer or null"
-    assert fields["train.compile"].default == "false"
+    assert fields["parallel.sequence_parallel"].default == "false"
 
 
 @pytest.mark.parametrize(

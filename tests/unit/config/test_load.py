@@ -121,7 +121,7 @@ lr: 3
         f"{path}:16: train.precision: got 'fp8', expected 'fp32' or 'bf16'",
         "override train.lrr=3: train.lrr: unknown key (got 3); did you mean optimizer.lr?",
         "override parallel=2: parallel: got 2, expected a section with the keys tensor_model_parallel_size, "
-        "pipeline_model_parallel_size, context_parallel_size, sequence_parallel, distributed_optimizer",
+        "sequence_parallel",
         f"{path}:20: checkpoint: got null, "
         "expected a section with the keys interval_steps, keep_last, keep_every_steps, resume",
         f"{path}:9: optimizr: unknown key (got a section with the keys lr); did you mean optimizer?",
@@ -138,7 +138,7 @@ lr: 3
 def test_the_heading_counts_and_the_exit_code_is_config(write):
     path = write(MINIMAL)
     with pytest.raises(ConfigError, match=re.escape(f"{path}: 2 mistakes in the configuration")) as caught:
-        load_config(path, ["run.seed=-1", "train.compile=maybe"])
+        load_config(path, ["run.seed=-1", "logging.tensorboard=maybe"])
     assert caught.value.exit_code == EXIT_CONFIG
 
 
@@ -148,8 +148,8 @@ def test_the_heading_counts_and_the_exit_code_is_config(write):
         ("batch.micro_batch_size='8'", "got '8', expected a valid integer"),
         ("batch.micro_batch_size=true", "got true, expected a valid integer"),
         ("batch.micro_batch_size=8.5", "got 8.5, expected a valid integer"),
-        ("train.compile=yes", "got 'yes', expected a valid boolean"),
-        ("train.compile=1", "got 1, expected a valid boolean"),
+        ("logging.tensorboard=yes", "got 'yes', expected a valid boolean"),
+        ("logging.tensorboard=1", "got 1, expected a valid boolean"),
         ("optimizer.lr=fast", "got 'fast', expected a valid number"),
         ("optimizer.lr=.nan", "got nan, expected a finite number"),
         ("optimizer.weight_decay=.inf", "got inf, expected a finite number"),

@@ -78,12 +78,6 @@ BREAKS = [
         {"checkpoint.keep_every_steps": 5, "checkpoint.interval_steps": 2},
         "checkpoint.keep_every_steps",
     ),
-    (
-        validate.pipeline_parallel_is_supported,
-        {"parallel.pipeline_model_parallel_size": 2},
-        "parallel.pipeline_model_parallel_size",
-    ),
-    (validate.context_parallel_is_supported, {"parallel.context_parallel_size": 2}, "parallel.context_parallel_size"),
     (validate.sequence_parallel_has_tensor_parallel, {"parallel.sequence_parallel": True}, "parallel.sequence_parallel"),
     (
         validate.sequence_parallel_divides_the_tokens,
@@ -134,7 +128,7 @@ def test_what_is_right_passes(values):
 
 def test_all_rules_report_not_only_the_first():
     found = validate.problems(
-        make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5, "parallel.context_parallel_size": 2})
+        make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5, "optimizer.mcore": {"use_distributed_optimizer": True}})
     )
     assert len(found) == 3
 

@@ -27,7 +27,6 @@ def test_parameter_count(name: str, cpu_runtime: Runtime, one_rank: ProcessGroup
     [
         ({"model.preset": "llama-9"}, "expected one of gpt2-124m"),
         ({"model.mcore": {"hiden_size": 3}}, "did you mean 'hidden_size'"),
-        ({"model.mcore": {"bf16": True}}, "use train.precision"),
         ({"model.mcore": {"activation": "relu6"}}, "expected one of silu"),
         ({"model.mcore": {"num_query_groups": 3, "recompute_granularity": "half"}}, "megatron-core refuses"),
         ({"data.seq_length": 100_000}, "has positions for"),

@@ -1,13 +1,20 @@
-"""The weighted language model: identities, normalisation, what reaches the gradient, metrics, state."""
+"""The weighted language model: identities, normalisation, what reaches the gradient, metrics, state.
+
+Run as a program, this file is one of two data-parallel ranks: `python test_language_model.py RANK WORLD STORE`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megarpt.config.schema import ObjectiveConfig
 from megarpt.errors import CheckpointError, ConfigError
@@ -221,3 +228,54 @@ def test_every_configured_name_is_built() -> None:
     assert objective.streams == ("ref_entropy",) and objective.selects_globally and not objective.needs_entropy
     with pytest.raises(ConfigError, match="scorer"):
         build_objective(ObjectiveConfig(weighting="top_fraction", fraction=0.5), seed=0)
+
+
+def test_two_data_parallel_ranks_are_one(tmp_path: Path) -> None:
+    """Same kept tokens, same loss and same gradients, from shards of different difficulty."""
+    command = [sys.executable, __file__]
+    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in range(2)]
+    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+
+
+def run_rank(rank: int, world: int, store: str) -> None:
+    """Compare this rank's samples with the same samples of a run on one rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    generator = torch.Generator().manual_seed(0)
+    b, s = 6, 8
+    # the second rank's samples are harder, and half of all excess losses tie at 0
+    logprob = -4.0 * torch.rand(b, s, generator=generator) - torch.arange(b)[:, None]
+    ref_nll = torch.where(torch.rand(b, s, generator=generator) < 0.5, -logprob, 1.0)
+    batch = TokenBatch(
+        tokens=torch.zeros(b, s, dtype=torch.int64),
+        labels=torch.zeros(b, s, dtype=torch.int64),
+        loss_mask=torch.rand(b, s, generator=generator) < 0.8,
+        position_ids=torch.zeros(b, s, dtype=torch.int64),
+        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+        sample_id=torch.arange(b),
+        source_id=torch.zeros(b, dtype=torch.int64),
+        sample_index=torch.arange(b),
+        streams={"ref_nll": ref_nll},
+    )
+    whole = TokenStats(logprob.clone().requires_grad_(), None)
+    expected, expected_gradient = run(WeightedLanguageModel(ExcessLoss(), TopFraction(0.6)), whole, batch)
+
+    mine = slice(rank * b // world, (rank + 1) * b // world)
+    stats, part = TokenStats(logprob[mine].clone().requires_grad_(), None), rows(batch, mine)
+    objective = WeightedLanguageModel(ExcessLoss(), TopFraction(0.6))
+    (weight,) = objective.select([stats], [part], Progress(), dist.group.WORLD)
+    out = objective(stats, part, weight, Progress())
+    sums = torch.stack([out.loss_sum.detach(), out.num_tokens.float()])
+    dist.all_reduce(sums)
+    (gradient,) = torch.autograd.grad(out.loss_sum / sums[1], stats.logprob)
+    torch.testing.assert_close(weight, expected.weight[mine], rtol=0, atol=0)
+    torch.testing.assert_close(sums, torch.stack([expected.loss_sum.detach(), expected.num_tokens.float()]))
+    torch.testing.assert_close(gradient, expected_gradient[mine])
+    if torch.equal(weight, TopFraction(0.6, "microbatch")([out.score], [part], None)[0].weight):
+        raise AssertionError("the local choice is the global one: this case tests nothing")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
