@@ -187,32 +187,28 @@ def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[st
     """
     import sentencepiece
 
-    processor, count = reference.processor, reference.vocab_size
-    if any(processor.is_unused(number) for number in range(count)):
+    processor, ids = reference.processor, list(range(reference.vocab_size))
+    if any(processor.is_unused(ids)):
         raise ExtensionError(f"gigatoken cannot take {reference.name}: some of its pieces are marked unused")
+    names: list[str] = processor.id_to_piece(ids)
+    control_ids = {number for number, is_control in enumerate(processor.is_control(ids)) if is_control}
+    controls = [names[number] for number in sorted(control_ids)]
+    bytes_ = [name for name, is_byte in zip(names, processor.is_byte(ids), strict=True) if is_byte]
+    others = [names[processor.unk_id()], *bytes_]
+    vocabulary = frozenset(names)  # gigatoken would merge two pieces into one of these
+    avoided = [n for n in others if any(n[:at] in vocabulary and n[at:] in vocabulary for at in range(1, len(n)))]
     content = reference.content
-    avoided: list[str] = []
-    names = [processor.id_to_piece(number) for number in range(count)]
-    vocabulary = frozenset(names)
-    special: list[str] = []
-    for number, name in enumerate(names):
-        if processor.is_control(number):
-            special.append(name)
-            content, new = _rename_piece(content, name, number)
-            avoided.append(new)
-        elif processor.is_unknown(number) or processor.is_byte(number):
-            special.append(name)
-            if any(name[:at] in vocabulary and name[at:] in vocabulary for at in range(1, len(name))):
-                avoided.append(name)  # gigatoken would merge its parts into it
-        elif processor.is_user_defined(number):
-            special.append(name)
-    renamed = sentencepiece.SentencePieceProcessor(model_proto=content)
-    for number in range(count):
-        if renamed.id_to_piece(number) != names[number] and not processor.is_control(number):
-            raise ExtensionError(
-                f"gigatoken cannot take {reference.name}: its control pieces cannot be told from {names[number]!r}"
-            )
-    return content, avoided, special
+    for number, name in enumerate(controls):
+        content, new = _rename_piece(content, name, number)
+        avoided.append(new)
+    try:
+        renamed = sentencepiece.SentencePieceProcessor(model_proto=content).id_to_piece(ids)
+    except RuntimeError:
+        renamed = []
+    same = len(renamed) == len(names) and all(new == names[i] or i in control_ids for i, new in enumerate(renamed))
+    if not same:
+        return reference.content, [*avoided, *controls], [*controls, *others]
+    return content, avoided, [*controls, *others]
 
 
 def _rename_piece(content: bytes, name: str, number: int) -> tuple[bytes, str]:

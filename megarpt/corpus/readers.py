@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal, NamedTuple, Protocol
@@ -23,6 +22,7 @@ TextDocuments = Literal["file", "line", "paragraph"]
 _BOM = b"\xef\xbb\xbf"
 _READ = 1 << 20  # bytes per read
 _PARQUET_ROWS = 256
+_PEEK = 1 << 18  # bytes in which a sample is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,46 +403,47 @@ def _open_parquet(file: InputFile) -> Any:
 
 
 def sample_texts(files: Sequence[InputFile], options: ReadOptions, *, count: int = 64, characters: int = 4096) -> list[str]:
-    """Pieces of documents from all over the inputs, the same every time; malformed lines are passed over.
+    """Pieces of documents from all over the inputs, the same every time; what is malformed is passed over.
 
     Files that cannot be cut are sampled at their beginning.
     """
     total = sum(file.size for file in files)
     edges = list(itertools.accumulate((file.size for file in files), initial=0))
-    taken: Counter[int] = Counter()  # documents sampled from files that can only be read from the start
+    seen: set[int] = set()  # files sampled at their beginning
     samples: list[str] = []
-    for number in range(count):
+    for number in range(count if total else 0):
         position = total * number // count
         index = bisect_right(edges, position) - 1
-        if index >= len(files):
-            continue
         file = files[index]
-        lines = file.format == "jsonl" or options.text_documents == "line"
-        if file.is_cuttable and lines:
-            texts = _first_texts(file, Segment(index, position - edges[index], file.size), options, 1)
-        elif taken[index]:
-            continue
-        else:
-            wanted = max(1, count * file.size // max(total, 1))
-            texts = _first_texts(file, Segment(index, 0, _end(file)), options, wanted)
-            taken[index] += 1
+        texts: list[str] = []
+        if file.is_cuttable and (file.format == "jsonl" or options.text_documents == "line"):
+            texts = _texts_at(file, position - edges[index], options)
+        if not texts and index not in seen:
+            seen.add(index)
+            texts = _first_texts(file, options, wanted=max(1, count * file.size // total))
         for text in texts:
             start = max(0, (len(text) - characters) * number // count)  # anywhere in the document, not only its beginning
             samples.append(text[start : start + characters])
     return samples
 
 
-def _end(file: InputFile) -> int:
-    """Where a segment that covers the file's beginning may end: the first row group, or all bytes."""
-    return 1 if file.format == "parquet" else file.size
+def _texts_at(file: InputFile, position: int, options: ReadOptions) -> list[str]:
+    """The first document that begins soon after a position, if one does and is not too long."""
+    with read_errors(file), open(file.path, "rb", buffering=0) as stream:
+        stream.seek(position)
+        lines = stream.read(_PEEK).split(b"\n")
+    parse = _parse_json if file.format == "jsonl" else _parse_text
+    texts = (parse(line, options.text_key) for line in lines[1:-1])  # the first and the last may be cut
+    return next(([text] for text in texts if type(text) is str and text), [])
 
 
-def _first_texts(file: InputFile, segment: Segment, options: ReadOptions, count: int) -> list[str]:
+def _first_texts(file: InputFile, options: ReadOptions, *, wanted: int) -> list[str]:
     texts: list[str] = []
+    segment = Segment(0, 0, min(1, file.size) if file.format == "parquet" else file.size)  # the first row group, or all bytes
     try:
-        for block in read_documents(file, segment, options, lambda _line, _reason: None):
-            texts += [text for text in block.texts[: count - len(texts)] if text]
-            if len(texts) >= count:
+        for block in read_documents(file, segment, options, lambda line, reason: None):
+            texts += [text for text in block.texts if text][: wanted - len(texts)]
+            if len(texts) >= wanted:
                 break
     except DataError:
         return texts  # the job itself meets the damage and names it

@@ -192,7 +192,7 @@ def rewrite(source: str, filename: str) -> tuple[ast.Module, int]:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]
         tree, _ = rewrite(importlib.util.decode_source(data), path)
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from megarpt.device import mcore_cpu
 from megarpt.errors import ExtensionError
@@ -96,7 +97,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: f
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout, device_id=torch_device if kind == "cuda" else None)
         else:
-            store = dist.HashStore()
+            store = HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return Runtime(torch_device, backend, dist.get_rank(), dist.get_world_size())
 
@@ -108,7 +109,8 @@ def _choose(device: str) -> str:
     if device == "cuda" and not usable:
         reason = "this torch build has no CUDA" if torch.version.cuda is None else "no usable GPU or driver was found"
         raise ExtensionError(
-            f"run.device: got 'cuda', but {reason} (torch {torch.__version__}); use run.device=cpu or install a CUDA build of torch"
+            f"run.device: got 'cuda', but {reason} (torch {torch.__version__}); "
+            "use run.device=cpu or install a CUDA build of torch"
         )
     return "cuda" if usable else "cpu"
 

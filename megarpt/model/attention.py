@@ -23,7 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 
 @dataclass
-class PackedSegments(PackedSeqParams):  # type: ignore[misc]
+class PackedSegments(PackedSeqParams):
     """Attention segments of a flattened batch.
 
     `qkv_format` stays "sbhd", so megatron-core rotates positions as for one long sequence; the model hands it rotary angles
@@ -33,7 +33,7 @@ class PackedSegments(PackedSeqParams):  # type: ignore[misc]
     lengths: tuple[int, ...] = ()  # tokens per segment, on the host; empty on CUDA, where the kernel reads cu_seqlens
 
 
-class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
+class SdpaCoreAttention(MegatronModule):
     """softmax(q k^T / sqrt(hn)) v, causal, within segments.
 
     Shapes: query [t, b, np, hn], key and value [t_kv, b, ng, hn] -> [t, b, np * hn]. Segments need b == 1.
@@ -104,17 +104,17 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
             shape = (len(lengths), lengths[0])
             q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
             return self._sdpa(q, k, v, causal=True).transpose(1, 2).flatten(0, 1)
-        parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        outs = [self._sdpa(*(x.transpose(0, 1).unsqueeze(0) for x in part), causal=True) for part in parts]
-        return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs])
+        heads_first = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v))
+        outs = [self._sdpa(*part, causal=True) for part in zip(*heads_first, strict=True)]  # type: ignore[misc]
+        return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
         q, k, v = (x.squeeze(1) for x in (query, key, value))
-        if self.dropout and self.training or q.dtype == torch.float32:
+        if (self.dropout and self.training) or q.dtype == torch.float32:
             lengths = tuple(packed.cu_seqlens_q.diff().tolist())  # the kernel has neither dropout nor fp32
             return self._segments(query, key, value, lengths)
         longest = packed.max_seqlen_q
-        return varlen_attn(
+        out = varlen_attn(
             q,
             k,
             v,
@@ -126,3 +126,5 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]
             window_size=(-1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        assert isinstance(out, Tensor)  # a pair only when auxiliary results are asked for
+        return out

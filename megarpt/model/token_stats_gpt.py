@@ -25,7 +25,7 @@ class HeadMode(enum.Enum):
     LOGPROB_TOP1 = enum.auto()  # evaluation only: no gradients
 
 
-class TokenStatsGPT(GPTModel):  # type: ignore[misc]
+class TokenStatsGPT(GPTModel):
     """GPTModel whose `forward(..., labels=...)` gives log-probabilities (and entropies) of the labels.
 
     Without labels it behaves as megatron-core's own model: logits, KV cache and all.

@@ -36,8 +36,10 @@ from megarpt.ops.softmax_blocks import (
 )
 
 KEEP_BYTES = 512 * 2**20  # logits up to this size are held from forward to backward
-CHUNK_BYTES = 64 * 2**20  # size of one chunk of logits otherwise
-_GATHER_BYTES = 16 * 2**20  # rows of kept logits that backward collects at a time when some are left out
+CHUNK_BYTES = 128 * 2**20  # size of one chunk of logits otherwise
+_GATHER_BYTES = 16 * 2**20  # of held logits that backward collects at a time when rows are left out
+_GATHER_ROWS = 256  # but at least this many rows, or the products lose their speed
+_PIECE_BYTES = 8 * 2**20  # of the weight's gradient, where products are summed in a wider dtype than their own
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -102,7 +104,7 @@ def linear_logprob(
     Shapes: hidden [t, h], weight [v, h], labels [t] int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
     Cost: products of 2 t h v FLOPs forward and 4 k h v backward, k = rows with a non-zero upstream gradient; 2 k h v more when
-        nothing was kept. Peak extra bytes: t * v * itemsize if that fits keep_bytes, else about one chunk (64 MiB, or
+        nothing was kept. Peak extra bytes: t * v * itemsize if that fits keep_bytes, else about one chunk (128 MiB, or
         chunk_tokens rows); and [v, h] in fp32 for the weight's gradient when there is more than one chunk. On an accelerator
         the host waits once forward (are there ignored labels?) and once backward (how many rows are kept?).
     Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] ([3, t] with entropy). Backward: none; the
@@ -283,7 +285,7 @@ class _GradientSource(NamedTuple):
             return max(1, num_rows)
         rows = self.options.chunk
         if self.saved is not None:
-            rows = min(rows, max(256, _GATHER_BYTES // (self.weight.dtype.itemsize * self.weight.shape[0])))
+            rows = min(rows, max(_GATHER_ROWS, _GATHER_BYTES // (self.weight.dtype.itemsize * self.weight.shape[0])))
         return max(1, min(rows, num_rows))
 
     def rows(self, x: Tensor, at: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -340,11 +342,16 @@ class _WeightGradient:
             self.total = torch.mm(logits_grad.t(), x)
             return
         if self.total is None:
-            self.total = torch.mm(logits_grad.t(), x).to(wide_dtype(x.dtype))
-        elif self.total.dtype == x.dtype:
+            self.total = torch.zeros_like(
+                self.weight, dtype=wide_dtype(self.weight.dtype), memory_format=torch.contiguous_format
+            )
+        if self.total.dtype == x.dtype:
             self.total.addmm_(logits_grad.t(), x)
         else:
-            self.total.add_(torch.mm(logits_grad.t(), x))
+            # a piece at a time, so that the product in half precision is added while it is still in cache
+            rows = max(1, _PIECE_BYTES // (x.dtype.itemsize * x.shape[1]))
+            for total, piece in zip(self.total.split(rows), logits_grad.split(rows, dim=1), strict=True):
+                total.add_(torch.mm(piece.t(), x))
 
     def result(self) -> Tensor | None:
         """What autograd gets: the gradient, or megatron-core's placeholder when it went to `main_grad`."""

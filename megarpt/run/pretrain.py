@@ -35,7 +35,6 @@ from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
 from megarpt.train.trainer import Trainer, total_steps
 from megarpt.train.weights import load_weights
-from megarpt.train.weights import load_weights
 
 logger = logging.getLogger(__name__)
 

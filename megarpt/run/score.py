@@ -138,7 +138,7 @@ def _score(
                 rows = _gather(torch.where(batch.loss_mask, value, torch.nan), groups, is_writer)
                 if is_writer:
                     room = dataset.num_tokens - writers[i].num_values
-                    writers[i].append_raw(memoryview(rows.reshape(-1)[:room].tobytes()), b"")
+                    writers[i].append_raw(rows.reshape(-1)[:room].tobytes(), b"")
             windows_done = min(windows_done + options.micro_batch_size * groups.dp_size, dataset.num_windows)
             line.update(min(windows_done * s, dataset.num_tokens))
             stopping = stop.agreed()
@@ -164,7 +164,7 @@ def _open_writer(target: _Target, dataset: WindowDataset, windows_done: int) -> 
         return CorpusWriter(target.prefix, np.float32, resume=(values, dataset.manifest.num_documents))
     writer = CorpusWriter(target.prefix, np.float32)
     for lengths in CorpusIndex(dataset.prefix).document_lengths():
-        writer.append_raw(b"", memoryview(np.ascontiguousarray(lengths, dtype=np.int32)).cast("B"))
+        writer.append_raw(b"", lengths.astype(np.int32).tobytes())
     writer.append_raw(np.array([np.nan], dtype=np.float32).tobytes(), b"")  # nothing predicts the first token
     return writer
 

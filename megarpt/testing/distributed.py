@@ -69,12 +69,13 @@ def _rank(
 ) -> None:
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore
 
     torch.set_num_threads(1)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", store=FileStore(store, world_size), rank=rank, world_size=world_size)
         sender.send((None, function(*arguments)))
-    except BaseException:  # whatever it was, the parent raises it with the traceback
+    except BaseException:  # noqa: BLE001  whatever it was, the parent raises it with the traceback
         sender.send((traceback.format_exc(), None))
         raise SystemExit(1) from None

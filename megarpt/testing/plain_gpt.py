@@ -46,7 +46,8 @@ class PlainGPT(nn.Module):
     def __init__(self, vocab: int, layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, hidden)
-        self.blocks = nn.ModuleList(PlainBlock(hidden, heads, kv_heads, ffn, eps) for _ in range(layers))
+        self.layers = [PlainBlock(hidden, heads, kv_heads, ffn, eps) for _ in range(layers)]
+        self.blocks = nn.ModuleList(self.layers)
         self.norm = nn.RMSNorm(hidden, eps)
         self.head = nn.Linear(hidden, vocab, bias=False)
 
@@ -55,8 +56,8 @@ class PlainGPT(nn.Module):
         b, s = tokens.shape
         if position_ids is None:
             position_ids = torch.arange(s).expand(b, s)
-        block = self.blocks[0]
-        half = torch.arange(0, block.head_dim, 2, dtype=torch.float32) / block.head_dim  # type: ignore[operator, arg-type]
+        head_dim = self.layers[0].head_dim
+        half = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         angles = position_ids[..., None].float() * (1.0 / 10_000**half)
         angles = torch.cat((angles, angles), -1).unsqueeze(1)  # [b, 1, s, hn]
         mask = None
@@ -65,7 +66,7 @@ class PlainGPT(nn.Module):
             mask = (same & torch.ones(s, s, dtype=torch.bool).tril()).unsqueeze(1)
         x = self.embedding(tokens)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for layer in self.blocks:
+        for layer in self.layers:
             x = layer(x, cos, sin, mask)
         return self.head(self.norm(x))
 
@@ -75,13 +76,13 @@ class PlainGPT(nn.Module):
         self.embedding.weight.copy_(state["embedding.word_embeddings.weight"])
         self.norm.weight.copy_(state["decoder.final_layernorm.weight"])
         self.head.weight.copy_(state["output_layer.weight"])
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.layers):
             at = f"decoder.layers.{i}."
-            per_group = block.heads // block.kv_heads  # type: ignore[operator]
+            per_group = block.heads // block.kv_heads
             qkv = state[at + "self_attention.linear_qkv.weight"].unflatten(0, (block.kv_heads, per_group + 2, block.head_dim))
-            block.q.weight.copy_(qkv[:, :per_group].flatten(0, 2))  # type: ignore[union-attr, operator]
-            block.k.weight.copy_(qkv[:, per_group].flatten(0, 1))  # type: ignore[union-attr, operator]
-            block.v.weight.copy_(qkv[:, per_group + 1].flatten(0, 1))  # type: ignore[union-attr, operator]
+            block.q.weight.copy_(qkv[:, :per_group].flatten(0, 2))
+            block.k.weight.copy_(qkv[:, per_group].flatten(0, 1))
+            block.v.weight.copy_(qkv[:, per_group + 1].flatten(0, 1))
             for ours, theirs in (
                 ("norm1", "input_layernorm"),
                 ("norm2", "pre_mlp_layernorm"),

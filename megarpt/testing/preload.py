@@ -7,6 +7,6 @@ from megarpt.device import mcore_cpu
 if not torch.cuda.is_available():
     mcore_cpu.install()
 
-import megarpt.model.build  # noqa: E402, F401
-import megarpt.train.checkpoint  # noqa: E402, F401
-import megarpt.train.step  # noqa: E402, F401
+import megarpt.model.build
+import megarpt.train.checkpoint
+import megarpt.train.step  # noqa: F401

@@ -10,7 +10,7 @@ from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
 from megarpt.train.dump import BatchDumper
 from megarpt.train.metrics import MetricLog
-from megarpt.train.perf import Phase, PerfMeter
+from megarpt.train.perf import PerfMeter, Phase
 from megarpt.train.progress import ProgressLine, step_fields
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.state import TrainState

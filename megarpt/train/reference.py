@@ -24,5 +24,7 @@ class OnlineReference:
     def __call__(self, batch: TokenBatch) -> TokenBatch:
         """Cost: one forward pass of the reference model."""
         stats = token_stats(self.network, batch, batch.tokens.shape[1], entropy="ref_entropy" in self.streams)
-        values = {"ref_nll": -stats.logprob, "ref_entropy": stats.entropy}
+        values = {"ref_nll": -stats.logprob}
+        if stats.entropy is not None:
+            values["ref_entropy"] = stats.entropy
         return replace(batch, streams={**batch.streams, **{name: values[name] for name in self.streams}})

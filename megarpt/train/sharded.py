@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megarpt.errors import CheckpointError
 
@@ -56,9 +60,22 @@ class InProcessSaveStrategy(TorchDistSaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         write_tensors(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir),
+            storage_writer=_Writer(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False),
         )
+
+
+class _Writer(FileSystemWriter):
+    """Says what the file system said: torch reports a refused write as a corrupt archive, with the reason as its context."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            reason = error.__context__
+            if isinstance(reason, OSError):
+                raise OSError(reason.errno, reason.strerror, reason.filename) from error
+            raise
 
 
 def save_strategy(dp: ProcessGroup) -> TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper:
@@ -77,7 +94,8 @@ def save_sharded(sharded: dict[str, Any], directory: Path, strategy: Any) -> Non
         OSError: on every rank, when any of them could not write.
     """
     try:
-        dist_checkpointing.save(sharded, str(directory), strategy)
+        with _without_library_warnings():
+            dist_checkpointing.save(sharded, str(directory), strategy)
     except CheckpointException as error:
         refusals = {rank: text for rank, (cause, _) in error.failures.items() if (text := _refusal(cause)) is not None}
         if not refusals:
@@ -91,11 +109,11 @@ def save_sharded(sharded: dict[str, Any], directory: Path, strategy: Any) -> Non
 
 
 def _refusal(cause: BaseException) -> str | None:
-    """What the file system said; None when the failure is of another kind. torch's archive writer says it as RuntimeError."""
+    """What the file system said; None when the failure is of another kind."""
+    if isinstance(cause, OSError):
+        return str(cause)
     is_archive = isinstance(cause, RuntimeError) and "inline_container" in str(cause)
-    if is_archive and isinstance(cause.__context__, OSError):
-        return str(cause.__context__)
-    return str(cause) if is_archive or isinstance(cause, OSError) else None
+    return f"torch could not write an archive: {cause}" if is_archive else None
 
 
 def load_sharded(
@@ -127,8 +145,18 @@ def load_sharded(
         is_absent = isinstance(entry, ShardedObject) and entry.unique_key not in stored
         return LocalNonpersistentObject(entry.data) if is_absent else entry
 
-    loaded: dict[str, Any] = dist_checkpointing.load(dict_list_map_inplace(keep, sharded), str(directory))
+    with _without_library_warnings():
+        loaded: dict[str, Any] = dist_checkpointing.load(dict_list_map_inplace(keep, sharded), str(directory))
     return loaded
+
+
+@contextlib.contextmanager
+def _without_library_warnings() -> Iterator[None]:
+    """megatron-core calls what torch has deprecated; nobody who reads a run's log can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+        yield
 
 
 def local_bytes(sharded: Any) -> int:

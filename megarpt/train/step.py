@@ -100,7 +100,8 @@ class TrainStep:
         def loss_function(_output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             chosen = weight
             if chosen is None and self.objective.selects_globally:
-                detached = TokenStats(*(None if x is None else x.detach() for x in stats))
+                entropy = None if stats.entropy is None else stats.entropy.detach()
+                detached = TokenStats(stats.logprob.detach(), entropy)
                 (chosen,) = self.objective.select([detached], [batch], progress, self.groups.dp)
             out = self.objective(stats, batch, chosen, progress)
             self.outputs.append((batch, out._replace(loss_sum=out.loss_sum.detach())))

@@ -52,7 +52,12 @@ def train(objective: dict[str, Any], parallel: dict[str, Any], micro_batch: int,
     started = runtime.start("cpu")
     cfg = tiny_config(
         **{
-            "model": {"preset": "tiny", "mcore": SMALL, "vocab_size": 384, "make_vocab_size_divisible_by": 64},  # no padding under any layout
+            "model": {
+                "preset": "tiny",
+                "mcore": SMALL,
+                "vocab_size": 384,
+                "make_vocab_size_divisible_by": 64,
+            },  # no padding under any layout
             "data.seq_length": SEQUENCE,
             "objective": objective,
             "parallel": parallel,
@@ -130,7 +135,7 @@ def fail_on_rank_1() -> None:
 
 
 def test_spawn_names_the_rank_that_failed() -> None:
-    with pytest.raises(RuntimeError, match="rank 1 of 2 failed(.|\n)*as planned"):
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 of 2 failed.*as planned"):
         spawn(2, fail_on_rank_1, timeout_s=30)
 
 

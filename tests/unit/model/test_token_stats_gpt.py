@@ -11,8 +11,8 @@ from megarpt.model.generation import generate, sample
 from megarpt.model.token_stats_gpt import TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.structs import TokenBatch
-from megarpt.testing.plain_gpt import PlainGPT
 from megarpt.testing.configs import tiny_config
+from megarpt.testing.plain_gpt import PlainGPT
 
 VOCAB, B, S = 300, 2, 24
 DOCUMENTS = ((10, 9, 5), (1, 23))

@@ -244,9 +244,8 @@ def run_rank(rank: int, world: int, store: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     generator = torch.Generator().manual_seed(0)
     b, s = 6, 8
-    # the second rank's samples are harder, and half of all excess losses tie at 0
-    logprob = -4.0 * torch.rand(b, s, generator=generator) - torch.arange(b)[:, None]
-    ref_nll = torch.where(torch.rand(b, s, generator=generator) < 0.5, -logprob, 1.0)
+    # the second rank's samples are harder, and losses are multiples of 1/2, so that they tie within and across ranks
+    logprob = -0.5 * torch.randint(0, 8, (b, s), generator=generator) - 0.5 * torch.arange(b)[:, None]
     batch = TokenBatch(
         tokens=torch.zeros(b, s, dtype=torch.int64),
         labels=torch.zeros(b, s, dtype=torch.int64),
@@ -256,7 +255,7 @@ def run_rank(rank: int, world: int, store: str) -> None:
         sample_id=torch.arange(b),
         source_id=torch.zeros(b, dtype=torch.int64),
         sample_index=torch.arange(b),
-        streams={"ref_nll": ref_nll},
+        streams={"ref_nll": torch.full((b, s), 0.5)},
     )
     whole = TokenStats(logprob.clone().requires_grad_(), None)
     expected, expected_gradient = run(WeightedLanguageModel(ExcessLoss(), TopFraction(0.6)), whole, batch)
