@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from megarpt.device import mcore_cpu, runtime
 
 # Test modules import megatron-core when they are collected, so the CPU layer goes in before any of them.
-if not torch.cuda.is_available():
-    mcore_cpu.install()
+mcore_cpu.install_without_cuda()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable
 
-MIX_SHARES = {"clean": 0.40, "code": 0.27, "noise": 0.33}
+MIX_SHARES = {"clean": 0.45, "code": 0.25, "noise": 0.30}
 """Shares of the students' mix in bytes; the clean pages carry injected noise besides."""
 
 _MENU = (

@@ -183,7 +183,9 @@ def show(
     console.print(table)
     kinds = ", ".join(f"{selection.KINDS[kind]} {100 * value:.0f}%" for kind, value in shares.items() if value is not None)
     console.print(f"Kept share by kind of token: {kinds}\n")
-    console.print(Panel(selection.terminal_sample(pages), title="green: kept   dim: dropped", title_align="left"))
+    has_colors = console.color_system is not None
+    legend = "green: kept   dim: dropped" if has_colors else "in ⟦ ⟧: dropped, the rest: kept"
+    console.print(Panel(selection.terminal_sample(pages, has_colors), title=legend, title_align="left"))
     generated = (out / "results" / "generated.txt").read_text(encoding="utf-8").strip()
     console.print(Panel(generated, title="the SLM student continues a sentence", title_align="left"), markup=False)
     console.print(Panel(verdict_sentence(share, clm, slm), title="verdict", title_align="left", border_style="green"))

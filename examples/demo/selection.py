@@ -10,13 +10,14 @@ from __future__ import annotations
 import html
 import json
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 from rich.text import Text
 
 from megarpt.corpus.indexed import CorpusIndex
+from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 
 KINDS = {
     "clean": "clean English",
@@ -47,7 +48,7 @@ class Page:
 
 def read_pages(out: Path, fraction: float) -> list[Page]:
     """The probe documents with what selection makes of them."""
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    tokenizer = load_tokenizer(str(out / "tokenizer.model"))
     documents = [json.loads(line) for line in (out / "corpus" / "probe.jsonl").read_text(encoding="utf-8").splitlines()]
     corpus = read_documents(out / "data" / "probe")
     students = read_documents(out / "data" / "probe_slm")
@@ -57,19 +58,10 @@ def read_pages(out: Path, fraction: float) -> list[Page]:
     threshold = np.quantile(flat[np.isfinite(flat)], 1.0 - fraction)
     pages = []
     for document, ids, scores in zip(documents, corpus, excess, strict=True):
-        pieces = tokenizer.encode(document["text"], out_type="immutable_proto").pieces
-        if [piece.id for piece in pieces] != [int(i) for i in ids[: len(pieces)]]:
-            raise ValueError(
-                f"probe document of {document['source']}: its tokens in data/probe are not those of tokenizer.model"
-            )
+        spans = token_spans(tokenizer, ids, document["text"])
         tokens = tuple(
-            Token(
-                document["text"][piece.begin : piece.end],
-                token_kind(document, piece.begin, piece.end),
-                float(score),
-                score >= threshold,
-            )
-            for piece, score in zip(pieces, scores, strict=False)  # the scores go on to the end-of-document token
+            Token(document["text"][begin:end], token_kind(document, begin, end), float(score), score >= threshold)
+            for (begin, end), score in zip(spans, scores, strict=False)  # the scores go on to the end-of-document token
         )
         pages.append(Page(document["source"], document["kind"], tokens))
     return pages
@@ -79,6 +71,21 @@ def read_documents(prefix: Path) -> list[np.ndarray]:
     """The values of every document of an indexed file."""
     index = CorpusIndex(prefix)
     return [index.read_document(number) for number in range(index.num_documents)]
+
+
+def token_spans(tokenizer: Tokenizer, ids: np.ndarray, text: str) -> list[tuple[int, int]]:
+    """The characters each token stands for; one that ends in the midst of a character leaves it to the token that completes it.
+
+    Raises:
+        ValueError: the tokens are not those of the text.
+    """
+    pieces = [tokenizer.token_bytes(int(token)) or b"" for token in ids]  # the end-of-document token has no bytes
+    if b"".join(pieces) != text.encode():
+        raise ValueError(f"tokens and text differ: {text[:60]!r}; the corpus and its tokens are not from the same run")
+    starts = [0] + [index for index, byte in enumerate(text.encode() + b" ") if byte & 0xC0 != 0x80][1:]  # of each character
+    ends = np.searchsorted(starts, np.cumsum([len(piece) for piece in pieces]), side="right") - 1
+    begins = [0, *ends[:-1]]
+    return [(int(begin), int(end)) for begin, end, piece in zip(begins, ends, pieces, strict=True) if piece]
 
 
 def token_kind(document: dict, begin: int, end: int) -> str:
@@ -98,8 +105,8 @@ def kept_shares(pages: list[Page]) -> dict[str, float | None]:
     return shares
 
 
-def terminal_sample(pages: list[Page], characters: int = 1100) -> Text:
-    """The beginning of the clean page with the most injected noise in it: kept tokens bright, dropped ones dim."""
+def terminal_sample(pages: list[Page], has_colors: bool, characters: int = 1100) -> Text:
+    """The beginning of a clean page with some injected noise: kept tokens bright, dropped ones dim or in ⟦ ⟧."""
 
     def mixture(page: Page) -> float:
         shown = [token.kind for token in excerpt(page, characters)]
@@ -107,8 +114,12 @@ def terminal_sample(pages: list[Page], characters: int = 1100) -> Text:
         return -abs(share - 0.3) if page.kind == "clean" and len(shown) > characters // 8 else -9.0
 
     text = Text()
-    for token in excerpt(max(pages, key=mixture), characters):
-        text.append(token.text, style="bold green" if token.kept else "dim")
+    for is_kept, tokens in groupby(excerpt(max(pages, key=mixture), characters), key=lambda token: token.kept):
+        run = "".join(token.text for token in tokens)
+        if has_colors:
+            text.append(run, style="bold green" if is_kept else "dim")
+        else:
+            text.append(run if is_kept else f"⟦{run}⟧")
     return text
 
 

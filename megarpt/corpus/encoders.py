@@ -5,9 +5,8 @@ samples of the very corpus and on a list of awkward texts. Known differences are
 
 - it takes the name of a control piece in the text (a literal `<s>`) for the piece, as sentencepiece does not: it is given the
   model with these pieces renamed to what no text contains, and a text that contains it goes to the reference;
-- texts with added tokens that swallow blanks or apply to normalized text go to the reference;
-- it applies a sentencepiece normalization rule to grapheme clusters, sentencepiece applies it to code points: texts that are
-  not ASCII are normalized by sentencepiece itself.
+- texts with user-defined pieces, or with added tokens that swallow blanks or apply to normalized text, go to the reference;
+- where a sentencepiece model's normalization would be done differently, sentencepiece itself does it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -106,9 +105,9 @@ class GigatokenEncoder:
             raise ExtensionError("gigatoken is not installed (pip install 'megarpt[fast]')") from error
         self.reference = reference
         self.backend = f"gigatoken {importlib.metadata.version('gigatoken')}"
-        self._normalize: Callable[[str], str] | None = None
+        self._normalizer: _Normalizer | None = None
         if isinstance(reference, SentencePieceTokenizer):
-            self._open, self._normalize = gigatoken.Tokenizer.from_sentencepiece, _normalizer(reference)
+            self._open, self._normalizer = gigatoken.Tokenizer.from_sentencepiece, _Normalizer(reference)
             self._content, avoided, self.names = _without_controls(reference)
         else:
             self._open, self._content = gigatoken.Tokenizer.from_json, reference.content
@@ -124,14 +123,18 @@ class GigatokenEncoder:
         return type(self), (self.reference,)
 
     def encode(self, texts: Sequence[str]) -> Iterator[Ids]:
-        fast, is_avoided, normalize = self._fast.encode, self._is_avoided, self._normalize
+        fast, is_avoided, normalizer = self._fast.encode, self._is_avoided, self._normalizer
         for text in texts:
             if is_avoided(text):
                 yield np.array(self.reference.encode(text), dtype=np.uint32)
-            elif normalize is not None and not text.isascii():
-                yield self._fast.encode_no_normalize(normalize(text))
+            elif normalizer is not None and normalizer.is_needed(text):
+                yield self._fast.encode_no_normalize(normalizer.normalize(text))
             else:
                 yield fast(text)
+
+    def needs_reference(self, text: str) -> bool:
+        """Whether a text is kept away from gigatoken."""
+        return self._is_avoided(text)
 
     def trim_memory(self) -> None:
         """gigatoken remembers words it has seen, without a bound of its own."""
@@ -161,6 +164,8 @@ def choose_encoder(tokenizer: Tokenizer, samples: Sequence[str], *, backend: Bac
     difference = first_difference(fast, [*PROBES, *_name_probes(fast.names), *samples])
     if difference is None:
         logger.info("encoding with %s: its ids equal the reference's on %d samples of the corpus", fast.backend, len(samples))
+        if samples and sum(map(fast.needs_reference, samples)) * 4 > len(samples):
+            logger.warning("many texts hold user-defined pieces and are encoded with the reference library, which is slower")
         return fast
     message = f"{fast.backend} gives other ids than the reference for the text {difference!r}"
     if backend == "gigatoken":
@@ -177,6 +182,17 @@ def first_difference(encoder: Encoder, texts: Sequence[str]) -> str | None:
     return None
 
 
+class _Piece(NamedTuple):
+    """A piece of a sentencepiece model: its name, where the name's bytes lie in the file, and its type."""
+
+    name: bytes
+    at: int
+    type: int
+
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+
 def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[str], list[str]]:
     """The model with its control pieces renamed, the names that must not reach gigatoken, and those that are worth a probe.
 
@@ -185,50 +201,83 @@ def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[st
     Raises:
         ExtensionError: the model marks pieces as unused, which gigatoken would use.
     """
-    import sentencepiece
-
-    processor, ids = reference.processor, list(range(reference.vocab_size))
-    if any(processor.is_unused(ids)):
-        raise ExtensionError(f"gigatoken cannot take {reference.name}: some of its pieces are marked unused")
-    names: list[str] = processor.id_to_piece(ids)
-    control_ids = {number for number, is_control in enumerate(processor.is_control(ids)) if is_control}
-    controls = [names[number] for number in sorted(control_ids)]
-    bytes_ = [name for name, is_byte in zip(names, processor.is_byte(ids), strict=True) if is_byte]
-    others = [names[processor.unk_id()], *bytes_]
-    vocabulary = frozenset(names)  # gigatoken would merge two pieces into one of these
-    avoided = [n for n in others if any(n[:at] in vocabulary and n[at:] in vocabulary for at in range(1, len(n)))]
-    content = reference.content
-    for number, name in enumerate(controls):
-        content, new = _rename_piece(content, name, number)
-        avoided.append(new)
-    try:
-        renamed = sentencepiece.SentencePieceProcessor(model_proto=content).id_to_piece(ids)
-    except RuntimeError:
-        renamed = []
-    same = len(renamed) == len(names) and all(new == names[i] or i in control_ids for i, new in enumerate(renamed))
-    if not same:
-        return reference.content, [*avoided, *controls], [*controls, *others]
-    return content, avoided, [*controls, *others]
+    pieces = list(_pieces(reference.content))
+    if len(pieces) != reference.vocab_size or any(piece.type == _UNUSED for piece in pieces):
+        raise ExtensionError(f"gigatoken cannot take {reference.name}: it marks some of its pieces as unused")
+    vocabulary = frozenset(piece.name for piece in pieces)
+    content = bytearray(reference.content)
+    avoided: list[bytes] = []
+    for number, (name, at, kind) in enumerate(pieces):
+        merges = any(name[:cut] in vocabulary and name[cut:] in vocabulary for cut in range(1, len(name)))
+        if kind == _USER_DEFINED or (kind in (_UNKNOWN, _BYTE) and merges):  # gigatoken would merge two pieces into it
+            avoided.append(name)
+        elif kind == _CONTROL:
+            new = ("\uffff" + chr(1 + number % 31) * (len(name) - 3)).encode()
+            if len(new) == len(name) and new not in avoided:
+                content[at : at + len(name)] = new
+                avoided.append(new)
+            else:  # shorter than a noncharacter
+                avoided.append(name)
+    special = [piece.name for piece in pieces if piece.type != _NORMAL]
+    return bytes(content), [name.decode() for name in avoided], [name.decode() for name in special]
 
 
-def _rename_piece(content: bytes, name: str, number: int) -> tuple[bytes, str]:
-    """The model with a piece renamed, and the new name; the name it has when that cannot be done without doubt."""
-    old = name.encode()
-    new = ("\uffff" + chr(1 + number % 31) * max(0, len(old) - 3)).encode()
-    framed = [bytes([0x0A, len(each)]) + each + b"\x15" for each in (old, new) if len(each) < 0x80]  # its text, then its score
-    if len(framed) < 2 or len(old) != len(new) or content.count(framed[0]) != 1:
-        return content, name
-    return content.replace(framed[0], framed[1]), "\uffff"
+def _pieces(model: bytes) -> Iterator[_Piece]:
+    """Walk the pieces of a sentencepiece model: field 1 of the message, holding name (1), score (2) and type (3)."""
+    for field_number, start, end in _fields(model, 0, len(model)):
+        if field_number == 1:
+            at, length, kind = start, 0, _NORMAL
+            for inner, first, last in _fields(model, start, end):
+                if inner == 1:
+                    at, length = first, last - first
+                elif inner == 3:
+                    kind = model[first]
+            yield _Piece(model[at : at + length], at, kind)
+
+
+def _fields(message: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Number and extent of the fields of a protobuf message."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < end:
+        key = varint()
+        start = at
+        if key & 7 == 0:
+            varint()
+        elif key & 7 == 2:
+            length = varint()
+            start = at
+            at += length
+        else:
+            at += 8 if key & 7 == 1 else 4
+        yield key >> 3, start, at
 
 
 def _added_tokens(reference: HuggingFaceTokenizer) -> tuple[list[str], list[str]]:
-    """Names of added tokens that must not reach gigatoken, and those that may."""
+    """Names of added tokens that must not reach gigatoken, and those that may.
+
+    Raises:
+        ExtensionError: names would have to be looked for in normalized text.
+    """
     normalizes = reference.backend.normalizer is not None
     avoided: list[str] = []
     plain: list[str] = []
     for token in reference.backend.get_added_tokens_decoder().values():
-        odd = token.lstrip or token.rstrip or token.single_word or (token.normalized and normalizes)
-        (avoided if odd else plain).append(token.content)
+        if token.normalized and normalizes:
+            raise ExtensionError(
+                f"gigatoken cannot take {reference.name}: its added token {token.content!r} is looked for in normalized text"
+            )
+        (avoided if token.lstrip or token.rstrip or token.single_word else plain).append(token.content)
     return avoided, plain
 
 
@@ -238,11 +287,21 @@ def _name_probes(names: Sequence[str]) -> list[str]:
     return [f"a{name}b {name} c{name}{name}\n{name[:-1]} {name}" for name in some]
 
 
-def _normalizer(reference: SentencePieceTokenizer) -> Callable[[str], str] | None:
-    """sentencepiece's own normalization, when the model's rule changes any character (blanks are not part of the rule)."""
-    normalize: Callable[[str], str] = reference.processor.normalize
-    everything = "".join(map(chr, itertools.chain(range(0x80, 0xD800), range(0xE000, 0x110000))))
-    return None if normalize(everything).removeprefix("▁") == everything else normalize
+class _Normalizer:
+    """sentencepiece's own normalization, and which texts gigatoken would normalize differently.
+
+    gigatoken strips all blanks at the ends where sentencepiece strips spaces, and applies rules to grapheme clusters.
+    """
+
+    def __init__(self, reference: SentencePieceTokenizer) -> None:
+        self.normalize: Callable[[str], str] = reference.processor.normalize
+        letters = "".join(map(chr, itertools.chain(range(0x80, 0xD800), range(0xE000, 0x110000))))
+        self._has_rule = self.normalize(letters).removeprefix("▁") != letters
+        self._strips = self.normalize("a  ").removeprefix("▁") == "a"
+
+    def is_needed(self, text: str) -> bool:
+        """Whether the text must be given to gigatoken normalized."""
+        return (self._has_rule and not text.isascii()) or (self._strips and (text[:1].isspace() or text[-1:].isspace()))
 
 
 def _finder(names: Sequence[str]) -> Callable[[str], bool]:

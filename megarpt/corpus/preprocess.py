@@ -23,7 +23,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -189,28 +189,28 @@ def _finished(prefix: Path, folder: Path, job_sha256: str, *, restart: bool) -> 
 
 
 def _open_folder(folder: Path, description: dict[str, Any], *, restart: bool) -> None:
-    """Begin a job in its folder, or find out that the one begun there is the same."""
+    """Begin a job in its folder, or find out that the one begun there is the same; one that finished nothing is in no way."""
     path = folder / "job.json"
     begun: dict[str, Any] | None = None
-    if path.exists() and not restart:
+    if path.exists() and not restart and any(folder.glob("shard-*.json")) | (folder / "joined.json").exists():
         try:
             begun = json.loads(path.read_bytes())
         except ValueError as error:
             raise DataError(f"{path}: cannot be read ({error}); pass --restart to begin again") from error
+        if begun != description:
+            raise ConfigError(
+                f"{folder}: holds an unfinished job with other arguments: {'; '.join(_differences(begun, description))}. Run "
+                "the command it was begun with to go on, or pass --restart to begin again"
+            )
     with write_errors(folder):
         for leftover in folder.glob("*.tmp-*" if begun else "*"):
             if leftover.name != "lock":
                 leftover.unlink()
     if begun is None:
         atomic_write_json(path, description)
-    elif begun != description:
-        raise ConfigError(
-            f"{folder}: holds an unfinished job with other arguments: {'; '.join(_differences(begun, description))}. Run the "
-            "command it was begun with to go on, or pass --restart to begin again"
-        )
 
 
-def _differences(begun: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted(begun.keys() | now.keys()):
         old, new = begun.get(key), now.get(key)
         if old == new:
@@ -228,7 +228,7 @@ def _differences(begun: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def plan_shards(files: Sequence[InputFile], options: ReadOptions, shard_bytes: int) -> list[list[Segment]]:
-    """Segments in order, gathered until they are worth a shard; at most about 4096 shards."""
+    """Segments in order, gathered until they are worth a shard; some thousand shards at most."""
     weights = [file.size * (_COMPRESSION if file.compression else 1) for file in files]
     shard_bytes = max(shard_bytes, sum(weights) // 4096)
     segments = cut(files, options, segment_bytes=shard_bytes)
@@ -236,10 +236,10 @@ def plan_shards(files: Sequence[InputFile], options: ReadOptions, shard_bytes: i
     for segment in segments:
         pieces[segment.file] += 1
     shards: list[list[Segment]] = []
-    size = shard_bytes
+    size = 0
     for segment in segments:
         weight = weights[segment.file] // pieces[segment.file]
-        if size + weight > shard_bytes and (size or not shards):
+        if not shards or size + weight > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(segment)

@@ -127,8 +127,10 @@ class SentencePieceTokenizer:
         self._eod_token = eod_token
         self.sha256 = hashlib.sha256(content).hexdigest()
         try:
+            if not content:
+                raise ValueError("the file is empty")  # sentencepiece would make an uninitialized processor of it
             self.processor: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise DataError(
                 f"{path}: this is no sentencepiece model and no tokenizer.json ({str(error).strip() or 'cannot be parsed'}); "
                 "expected one of the two"

@@ -5,7 +5,7 @@ for `megatron.core` modules, rewrites each syntax tree as it is imported: `torch
 strings become "cpu", `.cuda()` and `.pin_memory()` become nothing. torch itself is not touched and line numbers stay true, so
 tracebacks still point into megatron-core.
 
-Where CUDA is present nothing here runs: `install()` refuses. A test pins the library's version and the number of rewrites, so
+Where CUDA is used nothing here runs. A test pins the library's version and the number of rewrites, so
 that an upgrade cannot pass unseen.
 """
 
@@ -243,7 +243,7 @@ def install() -> None:
     """Route `megatron.core` imports through the CPU layer. Call before the first of them.
 
     Raises:
-        ExtensionError: CUDA is in use, or megatron-core was imported before.
+        ExtensionError: megatron-core was imported before.
     """
     if is_installed():
         return
@@ -254,6 +254,12 @@ def install() -> None:
             f"already (first: {early[0]}); call megarpt.device.runtime.start() first"
         )
     sys.meta_path.insert(0, _Finder())
+
+
+def install_without_cuda() -> None:
+    """`install()` where CUDA cannot be used, nothing elsewhere."""
+    if not torch.cuda.is_available():
+        install()
 
 
 def count_rewrites(root: str) -> Iterator[tuple[str, int]]:

@@ -1,11 +1,8 @@
 """What the fork server of `distributed.spawn` imports once for all ranks."""
 
-import torch
-
 from megarpt.device import mcore_cpu
 
-if not torch.cuda.is_available():
-    mcore_cpu.install()
+mcore_cpu.install_without_cuda()
 
 import megarpt.model.build
 import megarpt.train.checkpoint

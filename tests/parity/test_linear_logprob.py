@@ -1,22 +1,18 @@
-"""The head op's accuracy: at most twice plain torch's error against fp64, finite differences, and two ranks against one.
-
-Run as a program, this file is one of the two ranks: `python test_linear_logprob.py RANK WORLD STORE`.
-"""
+"""The head op's accuracy: at most twice plain torch's error against fp64, finite differences, and two ranks against one."""
 
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarpt.ops import reference
+from megarpt.ops import linear_logprob as op
+from megarpt.ops import reference, softmax_blocks
 from megarpt.ops.linear_logprob import linear_logprob
+from megarpt.testing.distributed import spawn
 from megarpt.testing.oracle import assert_within_twice
 
 CHUNK = 16
@@ -47,11 +43,17 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("fragmented", [False, True])
 @pytest.mark.parametrize("mode", [{}, {"chunk_tokens": CHUNK}], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(
     "shape", [(1, 8, 7), (13, 32, 101), (CHUNK - 1, 16, 64), (CHUNK, 16, 257), (CHUNK + 1, 48, 2), (61, 24, 1009)]
 )
-def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, shape) -> None:
+def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, fragmented, shape, monkeypatch) -> None:
+    if fragmented:  # blocks, pieces and gathers of a few rows, as real sizes have them
+        monkeypatch.setitem(softmax_blocks._BLOCK_BYTES, "cpu", 4 * 3 * shape[2])
+        monkeypatch.setattr(op, "_PIECE_BYTES", 5 * dtype.itemsize * shape[1])
+        monkeypatch.setattr(op, "_GATHER_BYTES", 0)
+        monkeypatch.setattr(op, "_GATHER_ROWS", 4)
     for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):  # ordinary and very peaked distributions
         exact = draw(*shape, scale=scale)
         hidden, weight = (x.to(dtype) for x in exact[:2])
@@ -107,18 +109,14 @@ def test_improbable_labels_keep_their_logprob() -> None:
     assert logprob.item() == -300.0
 
 
-def test_two_ranks_are_one(tmp_path: Path) -> None:
+def test_two_ranks_are_one() -> None:
     """The vocabulary split over two ranks, unevenly padded: results equal, gradients equal once summed over ranks."""
-    command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    spawn(2, check_rank)
 
 
-def run_rank(rank: int, world: int, store: str) -> None:
+def check_rank() -> None:
     """Compare this rank's part with the whole, on every path; a vocabulary of 5 leaves rank 1 nothing but padding."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     for v, entropy, chunk, temperature in itertools.product((29, 32, 5), (False, True), (None, 4), (1.0, 0.6)):
         hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
         labels[3] = -100
@@ -139,8 +137,3 @@ def run_rank(rank: int, world: int, store: str) -> None:
             torch.testing.assert_close(
                 actual[name], expected[name], rtol=1e-11, atol=1e-12, msg=f"rank {rank}: {name} differs, v {v}, {options}"
             )
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

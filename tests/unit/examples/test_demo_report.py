@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from megarpt.corpus.tokenizers import load_tokenizer
+
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
 
@@ -108,3 +110,12 @@ def test_the_students_differ_in_what_counts_alone() -> None:
     assert slm.pop("objective") != clm.pop("objective")
     assert slm["run"].pop("dir") != clm["run"].pop("dir")
     assert slm == clm
+
+
+def test_tokens_find_their_characters() -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = np.array([*"aé’b".encode(), tokenizer.eod])
+    spans = selection.token_spans(tokenizer, ids, "aé’b")
+    assert ["aé’b"[begin:end] for begin, end in spans] == ["a", "", "é", "", "", "’", "b"]
+    with pytest.raises(ValueError, match="differ"):
+        selection.token_spans(tokenizer, ids, "aé’c")

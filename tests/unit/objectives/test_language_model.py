@@ -1,16 +1,10 @@
-"""The weighted language model: identities, normalisation, what reaches the gradient, metrics, state.
-
-Run as a program, this file is one of two data-parallel ranks: `python test_language_model.py RANK WORLD STORE`.
-"""
+"""The weighted language model: identities, normalisation, what reaches the gradient, metrics, state."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +17,7 @@ from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.objectives.scoring import ExcessLoss, Loss, ReferenceLoss
 from megarpt.objectives.weighting import TopFraction, Uniform
 from megarpt.structs import Progress, TokenBatch, TokenStats
+from megarpt.testing.distributed import spawn
 
 NAN = float("nan")
 
@@ -230,18 +225,14 @@ def test_every_configured_name_is_built() -> None:
         build_objective(ObjectiveConfig(weighting="top_fraction", fraction=0.5), seed=0)
 
 
-def test_two_data_parallel_ranks_are_one(tmp_path: Path) -> None:
+def test_two_data_parallel_ranks_are_one() -> None:
     """Same kept tokens, same loss and same gradients, from shards of different difficulty."""
-    command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in range(2)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    spawn(2, check_rank)
 
 
-def run_rank(rank: int, world: int, store: str) -> None:
+def check_rank() -> None:
     """Compare this rank's samples with the same samples of a run on one rank."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(0)
     b, s = 6, 8
     # the second rank's samples are harder, and losses are multiples of 1/2, so that they tie within and across ranks
@@ -273,8 +264,3 @@ def run_rank(rank: int, world: int, store: str) -> None:
     torch.testing.assert_close(gradient, expected_gradient[mine])
     if torch.equal(weight, TopFraction(0.6, "microbatch")([out.score], [part], None)[0].weight):
         raise AssertionError("the local choice is the global one: this case tests nothing")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,15 +1,9 @@
-"""Exact selection against a sort, on one rank and on three.
-
-Run as a program, this file is one of the three ranks: `python test_topk_select.py RANK WORLD STORE`.
-"""
+"""Exact selection against a sort, on one rank and on three."""
 
 from __future__ import annotations
 
 import itertools
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +12,7 @@ import torch.distributed as dist
 from megarpt.errors import ShapeError
 from megarpt.ops import reference
 from megarpt.ops.topk_select import num_kept, ordered_key, select_top_fraction, select_top_fraction_rows
+from megarpt.testing.distributed import spawn
 
 FRACTIONS = (0.01, 0.25, 0.5, 0.6, 0.99, 1.0)
 
@@ -114,18 +109,14 @@ def test_mistakes_are_refused(arguments: dict, match: str) -> None:
         select_top_fraction(**(good | arguments))
 
 
-def test_three_ranks_keep_what_one_would(tmp_path: Path) -> None:
+def test_three_ranks_keep_what_one_would() -> None:
     """Ties, uneven and empty shards, all kept together; each rank checks its part against a sort of the whole."""
-    command = [sys.executable, __file__]
-    ranks = [subprocess.Popen([*command, str(rank), "3", str(tmp_path / "store")], stderr=subprocess.PIPE) for rank in range(3)]
-    errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0], "\n".join(errors)
+    spawn(3, check_rank)
 
 
-def run_rank(rank: int, world: int, store: str) -> None:
+def check_rank() -> None:
     """Every rank draws the same whole case, keeps its own tokens of it, and selects together with the others."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    rank, world = dist.get_rank(), dist.get_world_size()
     generator = random.Random(7)
     for case in range(150):
         score, valid, order = random_case(generator, 60)
@@ -138,8 +129,3 @@ def run_rank(rank: int, world: int, store: str) -> None:
         whole = reference.top_fraction_mask(score, valid, fraction, order if ordered else owner)  # else by rank, then index
         if not torch.equal(mask, whole[mine]) or int(kept) != int(whole.sum()):
             raise AssertionError(f"case {case}, rank {rank}: {score} {valid} {owner} {fraction}")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
