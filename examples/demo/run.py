@@ -167,7 +167,10 @@ def build_stages(out: Path, scale: Scale, device: str) -> list[Stage]:
                 score("slm", "probe", "probe_slm"),
                 Command((*generate, "--device", device), "generate", out / "results" / "generated.txt"),
             ),
-            (out / "results", data / "probe_reference.json", data / "probe_slm.json"),
+            (
+                out / "results",
+                *(data / f"probe_{model}{suffix}" for model in ("reference", "slm") for suffix in (".bin", ".idx", ".json")),
+            ),
             needs=("students",),
             side_by_side=True,
         ),

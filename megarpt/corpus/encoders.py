@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "gigatoken", "reference"]
 _BATCH_CHARS = 1 << 18  # text given to a reference library at a time: its intermediate results are a hundred times as large
-_CACHE_BYTES = 96 << 20  # how much gigatoken's memory may grow before it is opened afresh
+_CACHE_BYTES = 144 << 20  # how much gigatoken's memory may grow before it is opened afresh
 _FEW = 24  # names that are searched for one by one; more are filtered by their beginnings first
 
 # Contractions, runs, digits, blanks of every kind, line ends, combining marks, joined emoji, scripts without spaces, private

@@ -379,6 +379,8 @@ class _Job:
             for worker in workers:
                 worker.process.join()
                 worker.pipe.close()
+            for leftover in self.folder.glob("*.tmp-*"):  # of workers that were killed
+                leftover.unlink()
 
     def _give(self, worker: _Worker, waiting: Iterator[int]) -> None:
         """The next shard, or word that there is none."""

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BLOCK_BYTES = {"cpu": 1024 * 1024}  # fp32 rows worked on at a time: a core's second-level cache
-_BLOCK_BYTES_ACCELERATOR = 64 * 2**20
+# fp32 rows worked on at a time
+_BLOCK_BYTES_ONE_THREAD = 2 * 2**20  # a core's second-level cache
+_BLOCK_BYTES_PER_THREAD = 4 * 2**20  # larger, as every pass over a block makes the threads wait for each other
+_BLOCK_BYTES_MOST = 64 * 2**20
 
 
 class Shard(NamedTuple):
@@ -54,8 +56,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _block_rows(logits: Tensor) -> int:
     """Rows whose fp32 copy stays in cache on a CPU, and is not a second chunk elsewhere."""
-    budget = _BLOCK_BYTES.get(logits.device.type)
-    budget = _BLOCK_BYTES_ACCELERATOR if budget is None else budget * torch.get_num_threads()
+    threads = torch.get_num_threads()
+    if logits.device.type != "cpu":
+        budget = _BLOCK_BYTES_MOST
+    else:
+        budget = _BLOCK_BYTES_ONE_THREAD if threads == 1 else min(_BLOCK_BYTES_PER_THREAD * threads, _BLOCK_BYTES_MOST)
     return min(max(1, budget // (4 * logits.shape[1])), max(1, logits.shape[0]))
 
 

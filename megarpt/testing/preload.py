@@ -4,6 +4,6 @@ from megarpt.device import mcore_cpu
 
 mcore_cpu.install_without_cuda()
 
-import megarpt.model.build
-import megarpt.train.checkpoint
-import megarpt.train.step  # noqa: F401
+import megarpt.model.build  # noqa: E402
+import megarpt.train.checkpoint  # noqa: E402
+import megarpt.train.step  # noqa: E402, F401

@@ -73,7 +73,9 @@ def id_beyond_the_vocabulary(prefix: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_damaged_corpus(make_config, cpu_runtime: Runtime, corpus: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_a_damaged_corpus(
+    make_config, cpu_runtime: Runtime, corpus: Path, damage: Callable[[Path], None], message: str
+) -> None:
     damage(corpus)
     with pytest.raises(DataError, match=f"(?s){message}") as caught:
         pretrain.run(make_config(**{"data.train": [{"path": str(corpus)}]}), cpu_runtime)

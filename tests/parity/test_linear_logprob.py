@@ -50,7 +50,8 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
 )
 def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, fragmented, shape, monkeypatch) -> None:
     if fragmented:  # blocks, pieces and gathers of a few rows, as real sizes have them
-        monkeypatch.setitem(softmax_blocks._BLOCK_BYTES, "cpu", 4 * 3 * shape[2])
+        for name in ("_BLOCK_BYTES_ONE_THREAD", "_BLOCK_BYTES_MOST"):
+            monkeypatch.setattr(softmax_blocks, name, 4 * 3 * shape[2])
         monkeypatch.setattr(op, "_PIECE_BYTES", 5 * dtype.itemsize * shape[1])
         monkeypatch.setattr(op, "_GATHER_BYTES", 0)
         monkeypatch.setattr(op, "_GATHER_ROWS", 4)

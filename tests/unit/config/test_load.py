@@ -120,8 +120,7 @@ lr: 3
         f"{path}:8: data.train.1.pth: unknown key (got 'b'); did you mean data.train.1.path?",
         f"{path}:16: train.precision: got 'fp8', expected 'fp32' or 'bf16'",
         "override train.lrr=3: train.lrr: unknown key (got 3); did you mean optimizer.lr?",
-        "override parallel=2: parallel: got 2, expected a section with the keys tensor_model_parallel_size, "
-        "sequence_parallel",
+        "override parallel=2: parallel: got 2, expected a section with the keys tensor_model_parallel_size, sequence_parallel",
         f"{path}:20: checkpoint: got null, "
         "expected a section with the keys interval_steps, keep_last, keep_every_steps, resume",
         f"{path}:9: optimizr: unknown key (got a section with the keys lr); did you mean optimizer?",

@@ -39,7 +39,7 @@ def test_special_pieces(trained: Tokenizer) -> None:
 
 
 def train(tmp_path: Path, source: str, **more: Any) -> Tokenizer:
-    defaults: dict[str, Any] = {"inputs": [source], "output": str(tmp_path / "t.model"), "vocab_size": 280, "overwrite": True}
+    defaults: dict[str, Any] = {"inputs": [source], "output": str(tmp_path / "t.model"), "vocab_size": 290, "overwrite": True}
     return train_tokenizer(TrainingOptions(**defaults | more), StopSignal())
 
 
