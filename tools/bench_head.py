@@ -11,6 +11,7 @@ the two gradients included.
 
 On Linux the C library returns large buffers to the system after each use and pays for fresh pages at the next; pass
 --reuse-memory to make it keep them for every contender alike.
+With more than one thread on a machine that others use, set OMP_WAIT_POLICY=passive, or waiting threads are what is measured.
 """
 
 from __future__ import annotations

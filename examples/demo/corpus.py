@@ -67,7 +67,7 @@ FUNCTION_WORDS = frozenset(
 PAGE_CHARS = 4000
 """A module's documentation is cut into pages of about this length."""
 
-SPLITS = (("heldout", 0.07), ("probe", 0.03), ("reference", 0.40), ("base", 0.26), ("mix", 0.24))
+SPLITS = (("heldout", 0.07), ("probe", 0.03), ("reference", 0.38), ("base", 0.38), ("mix", 0.14))
 """Shares of the modules; which module goes where depends on its name and the seed alone."""
 
 MIXED = ("probe", "base", "mix")
@@ -349,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the jsonl files")
     for part, size, what in (
-        ("mix", 2_000_000, "the students' corpus"),
-        ("base", 2_600_000, "the corpus of the common initialization"),
-        ("reference", 1_800_000, "the reference model's corpus"),
+        ("mix", 1_100_000, "the students' corpus"),
+        ("base", 3_600_000, "the corpus of the common initialization"),
+        ("reference", 1_700_000, "the reference model's corpus"),
         ("heldout", 200_000, "the held-out part"),
         ("probe", 100_000, "the part on which selection is looked at"),
     ):

@@ -45,10 +45,10 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        {"base": 2_600_000, "reference": 1_800_000, "mix": 2_000_000, "heldout": 120_000, "probe": 100_000},
+        {"base": 3_600_000, "reference": 1_700_000, "mix": 1_100_000, "heldout": 120_000, "probe": 100_000},
         2048,
-        {"base": 900_000, "reference": 600_000, "clm": 700_000, "slm": 700_000},
-        50,
+        {"base": 1_500_000, "reference": 600_000, "clm": 420_000, "slm": 420_000},
+        30,
     ),
     "smoke": Scale(
         {"base": 700_000, "reference": 500_000, "mix": 400_000, "heldout": 60_000, "probe": 60_000},

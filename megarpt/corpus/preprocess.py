@@ -488,9 +488,10 @@ class _Job:
                 f"{' and others' if len(self.files) > 5 else ''}, expected text; are the files empty, or is --text-key "
                 f"{self.options.read.text_key!r} the wrong field?"
             )
-        for file, count in zip(self.files, joined.documents_by_file, strict=True):
-            if not count:
-                logger.warning("%s: no documents in this file", file.path)
+        without = [file.path for file, count in zip(self.files, joined.documents_by_file, strict=True) if not count]
+        if without:
+            more = f" and {len(without) - 5} others" if len(without) > 5 else ""
+            logger.warning("no documents in %s%s", ", ".join(without[:5]), more)
         totals = self.writer.finish()
         manifest = CorpusManifest(
             num_documents=totals.num_documents,

@@ -416,11 +416,12 @@ def sample_texts(files: Sequence[InputFile], options: ReadOptions, *, count: int
         index = bisect_right(edges, position) - 1
         file = files[index]
         texts: list[str] = []
+        wanted = max(1, count * file.size // total)
         if file.is_cuttable and (file.format == "jsonl" or options.text_documents == "line"):
-            texts = _texts_at(file, position - edges[index], options)
+            texts, wanted = _texts_at(file, position - edges[index], options), 1
         if not texts and index not in seen:
             seen.add(index)
-            texts = _first_texts(file, options, wanted=max(1, count * file.size // total))
+            texts = _first_texts(file, options, wanted=wanted)
         for text in texts:
             start = max(0, (len(text) - characters) * number // count)  # anywhere in the document, not only its beginning
             samples.append(text[start : start + characters])

@@ -76,6 +76,7 @@ class TokenStatsGPT(GPTModel):
             tp_group=shard.group,
             vocab_start=shard.start,
             vocab_size=shard.size,
+            accumulate_main_grad=torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None,
         )
 
 
