@@ -35,7 +35,6 @@ from megarpt.errors import DataError, MegarptError
 
 PLACES = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc", "/usr/share/man"]
 ENDINGS = (".py", ".txt", ".rst", ".md", ".html", ".h", ".c", ".pyi", ".js", ".gz", ".1", ".8")
-VOCAB_SIZE = 32000
 TRAINING_BYTES = 8_000_000
 TOOLS = Path(__file__).parent
 
@@ -92,7 +91,7 @@ def build_input(path: Path, places: Sequence[str], size: int) -> None:
     raise DataError(f"{', '.join(places)}: got {written:,} bytes of text, expected {size:,}; name more folders with --text")
 
 
-def train_bpe(source: Path, target: Path) -> None:
+def train_bpe(source: Path, target: Path, vocab_size: int) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -110,7 +109,7 @@ def train_bpe(source: Path, target: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -267,10 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         build_input(source, args.text, args.size_mb * 1_000_000)
     bpe, model = work / "bpe.json", work / "sp.model"
     if not bpe.exists():
-        train_bpe(source, bpe)
+        train_bpe(source, bpe, args.vocab_size)
     if not model.exists():
         command = [sys.executable, str(TOOLS / "train_tokenizer.py"), "--input", str(source), "--output", str(model)]
-        subprocess.run([*command, "--vocab-size", str(VOCAB_SIZE), "--max-bytes", str(TRAINING_BYTES)], check=True)
+        subprocess.run([*command, "--vocab-size", str(args.vocab_size), "--max-bytes", str(TRAINING_BYTES)], check=True)
     rows = [row for path in (bpe, model) for row in run_all(work, source, path, args.workers, args.peer_mb, args.rounds)]
     show(rows)
     if args.json:

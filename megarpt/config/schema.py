@@ -53,7 +53,7 @@ class ModelConfig(Section):
     """Which network."""
 
     preset: Text = "tiny"
-    """A name from megarpt/model/presets.py."""
+    """A name from megarpt/config/presets.py."""
     vocab_size: Positive | None = None
     """Rows of the embedding; null takes the tokenizer's size. Must not be smaller than the tokenizer's size."""
     make_vocab_size_divisible_by: Positive = 128

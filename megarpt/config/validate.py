@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from typing import get_args
 
+from megarpt.config.presets import ACTIVATIONS, PRESETS
 from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, PretrainConfig, Stream
 from megarpt.errors import ConfigError
 
@@ -52,6 +53,31 @@ SET_BY_MEGARPT: dict[str, dict[str, str]] = {
     },
 }
 """megatron-core fields that cannot be set in an `mcore` block, and what to do instead."""
+
+
+def preset_exists(cfg: PretrainConfig) -> str | None:
+    if cfg.model.preset in PRESETS:
+        return None
+    near = difflib.get_close_matches(cfg.model.preset, PRESETS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"model.preset: got {cfg.model.preset!r}, expected one of {', '.join(sorted(PRESETS))}{hint}"
+
+
+def sequence_fits_the_preset(cfg: PretrainConfig) -> str | None:
+    preset = PRESETS.get(cfg.model.preset)
+    if preset is None or cfg.data.seq_length <= preset.max_sequence_length:
+        return None
+    return (
+        f"data.seq_length: got {cfg.data.seq_length}, expected at most {preset.max_sequence_length}, the positions of preset "
+        f"{cfg.model.preset}"
+    )
+
+
+def activation_is_known(cfg: PretrainConfig) -> str | None:
+    got = cfg.model.mcore.get("activation")
+    if got is None or got in ACTIVATIONS:
+        return None
+    return f"model.mcore.activation: got {got!r}, expected one of {', '.join(ACTIVATIONS)}"
 
 
 def global_batch_is_whole_micro_batches(cfg: PretrainConfig) -> str | None:
@@ -220,6 +246,9 @@ def mcore_optimizer_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
+    preset_exists,
+    sequence_fits_the_preset,
+    activation_is_known,
     global_batch_is_whole_micro_batches,
     min_lr_is_below_lr,
     warmup_ends_before_decay,

@@ -222,7 +222,7 @@ class SidecarManifest(_FileManifest):
 def verify_corpus(prefix: str | Path, *, full: bool = False) -> CorpusManifest:
     """Check that the files of a corpus are those its manifest speaks of; return the manifest.
 
-    Cheap: names, sizes, the whole index. `full`: also both hashes and that every id is in the vocabulary.
+    Cheap: names, sizes, the whole index and its hash. `full`: also the hash of the values, and every id in the vocabulary.
 
     Raises:
         DataError: they are not.
@@ -258,6 +258,7 @@ def verify_files(prefix: str | Path, manifest: CorpusManifest | SidecarManifest,
                 f"{idx_path(prefix)}: {name}: got {got}, expected {expected} as in {what}; the index is of another corpus: "
                 f"{again}"
             )
+    _check_hash(idx_path(prefix), manifest.idx_sha256, what, f"the index is of another corpus or was changed: {again}")
     try:
         size = bin_path(prefix).stat().st_size
     except OSError as error:
@@ -269,10 +270,13 @@ def verify_files(prefix: str | Path, manifest: CorpusManifest | SidecarManifest,
             f"{again}"
         )
     if full:
-        for path, expected in ((idx_path(prefix), manifest.idx_sha256), (bin_path(prefix), manifest.bin_sha256)):
-            got = hash_file(path)
-            if got != expected:
-                raise DataError(f"{path}: got sha256 {got}, expected {expected} as in {what}; the content was changed: {again}")
+        _check_hash(bin_path(prefix), manifest.bin_sha256, what, f"the content was changed: {again}")
+
+
+def _check_hash(path: Path, expected: str, manifest_name: str, remedy: str) -> None:
+    got = hash_file(path)
+    if got != expected:
+        raise DataError(f"{path}: got sha256 {got}, expected {expected} as in {manifest_name}; {remedy}")
 
 
 def hash_file(path: Path) -> str:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from megarpt.corpus.atomic import require_free_bytes, write_errors
 from megarpt.corpus.console import ProgressLine, StopSignal
 from megarpt.corpus.indexed import CorpusIndex, HashingFile, bin_path, idx_path, manifest_path, publish_ready, write_index
-from megarpt.corpus.manifest import CorpusManifest, hash_file, verify_corpus
+from megarpt.corpus.manifest import CorpusManifest, verify_corpus
 from megarpt.corpus.worker import MALFORMED_KEPT
 from megarpt.errors import ConfigError, DataError
 
@@ -127,7 +127,11 @@ def _copy_values(
                     digest.update(block)
                     output.write(block)
                     progress.update(output.size, prefix)
-            _check_hash(bin_path(prefix), digest.hexdigest(), manifest.bin_sha256)
+            if digest.hexdigest() != manifest.bin_sha256:
+                raise DataError(
+                    f"{bin_path(prefix)}: got sha256 {digest.hexdigest()}, expected {manifest.bin_sha256} as in its manifest; "
+                    "the content was changed: copy or make it again"
+                )
         output.sync()
     finally:
         output.close()
@@ -136,8 +140,6 @@ def _copy_values(
 
 def _join_indexes(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], target: Path) -> str:
     """The index of the whole, and its hash."""
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        _check_hash(idx_path(prefix), hash_file(idx_path(prefix)), manifest.idx_sha256)
     indexes = [CorpusIndex(prefix) for prefix in prefixes]
     dtype = indexes[0].dtype
 
@@ -160,13 +162,6 @@ def _join_indexes(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], 
 
     counts = (sum(index.num_sequences for index in indexes), sum(index.num_documents for index in indexes))
     return write_index(target, dtype, counts, (lengths(), pointers(), boundaries()))
-
-
-def _check_hash(path: Path, got: str, expected: str) -> None:
-    if got != expected:
-        raise DataError(
-            f"{path}: got sha256 {got}, expected {expected} as in its manifest; the content was changed: copy or make it again"
-        )
 
 
 def _merged_manifest(manifests: Sequence[CorpusManifest], bin_sha256: str, idx_sha256: str) -> CorpusManifest:

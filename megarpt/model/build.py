@@ -16,11 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megarpt.config.presets import PRESETS
 from megarpt.config.schema import ModelConfig, PretrainConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError
 from megarpt.model.attention import PackedSegments
-from megarpt.model.presets import PRESETS
 from megarpt.model.specs import Backend, decoder_spec, default_backend
 from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
@@ -47,13 +47,7 @@ def unknown_fields(block: str, given: Mapping[str, Any], target: type) -> list[s
 
 def model_mistakes(cfg: ModelConfig) -> list[str]:
     """What only the engine can know to be wrong in `model`, before anything is built."""
-    messages = unknown_fields("model.mcore", {k: v for k, v in cfg.mcore.items() if k != "activation"}, TransformerConfig)
-    activation = cfg.mcore.get("activation")
-    if activation is not None and activation not in _ACTIVATIONS:
-        messages.append(f"model.mcore.activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-    if cfg.preset not in PRESETS:
-        messages.append(f"model.preset: got {cfg.preset!r}, expected one of {', '.join(sorted(PRESETS))}")
-    return messages
+    return unknown_fields("model.mcore", {k: v for k, v in cfg.mcore.items() if k != "activation"}, TransformerConfig)
 
 
 def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: bool) -> TransformerConfig:
@@ -105,17 +99,8 @@ def padded_vocab_size(cfg: ModelConfig, tokenizer_vocab_size: int, tp: int) -> i
 def build_network(
     cfg: PretrainConfig, config: TransformerConfig, groups: ProcessGroups | None, *, vocab_size: int, backend: Backend
 ) -> TokenStatsGPT:
-    """The bare network on megatron-core's current device; `groups` None takes megatron-core's own.
-
-    Raises:
-        ConfigError: data.seq_length exceeds what the preset's positions allow.
-    """
+    """The bare network on megatron-core's current device; `groups` None takes megatron-core's own."""
     preset = PRESETS[cfg.model.preset]
-    if cfg.data.seq_length > preset.max_sequence_length:
-        raise ConfigError(
-            f"data.seq_length: got {cfg.data.seq_length}, but preset {cfg.model.preset!r} has positions for "
-            f"{preset.max_sequence_length} tokens"
-        )
     valid = cfg.model.vocab_size or vocab_size
     return TokenStatsGPT(
         config=config,

@@ -242,8 +242,8 @@ def _compiler(which: Callable[[str], str | None], torch: Any) -> Finding:
     found = [path for path in map(which, ("c++", "g++", "nvcc")) if path]
     toolchain = f"; torch is built for CUDA {torch.version.cuda}" if torch is not None and torch.version.cuda else ""
     if found:
-        return Finding("compiler", "active", f"{', '.join(found)}{toolchain}; for train.compile and the extension")
-    return Finding("compiler", "absent", "no C++ compiler; train.compile needs one on a CPU", "install g++")
+        return Finding("compiler", "active", f"{', '.join(found)}{toolchain}")
+    return Finding("compiler", "absent", "no C++ compiler; compiled extensions need one", "install g++")
 
 
 def _load(

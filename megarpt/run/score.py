@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from megarpt.config.schema import ScoreOptions
+from megarpt.config.validate import sequence_fits_the_preset
 from megarpt.corpus.indexed import CorpusIndex, CorpusWriter, publish_ready
 from megarpt.corpus.manifest import SidecarManifest
 from megarpt.data.batches import evaluation_batches
 from megarpt.data.build import open_corpus
 from megarpt.data.windows import WindowDataset
 from megarpt.device.runtime import Runtime
-from megarpt.errors import EXIT_OK, StopRequested
+from megarpt.errors import EXIT_OK, ConfigError, StopRequested
 from megarpt.log import terminal
 from megarpt.model.build import token_stats
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
@@ -61,6 +62,9 @@ def run(options: ScoreOptions, runtime: Runtime) -> int:
     seq_length = options.seq_length or reference.config.data.seq_length
     data = reference.config.data.model_copy(update={"seq_length": seq_length, "separate_documents": options.separate_documents})
     cfg = reference.config.model_copy(update={"data": data})
+    too_long = sequence_fits_the_preset(cfg)
+    if too_long:
+        raise ConfigError(f"--seq-length: {too_long}")
     dataset = open_corpus(cfg, reference.tokenizer, options.corpus, where="--corpus")
     targets = _unfinished(options, reference, dataset)
     if targets:

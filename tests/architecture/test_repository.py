@@ -12,9 +12,9 @@ from packaging.requirements import Requirement
 
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import dump_resolved, load_config
+from megarpt.config.presets import PRESETS
 from megarpt.config.schema import EvaluateOptions, GenerateOptions, ObjectiveConfig, PretrainConfig, ScoreOptions
 from megarpt.config.validate import STREAM_OF_SCORER
-from megarpt.model.presets import PRESETS
 from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
 

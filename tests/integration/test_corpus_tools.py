@@ -279,3 +279,19 @@ def test_tools_load_neither_torch_nor_megatron() -> None:
             check=True,
         )
         assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_benchmark_of_a_small_input(tmp_path: Path) -> None:
+    source = Path(inspect.__file__).parent
+    folders = [source / name for name in ("asyncio", "email", "unittest", "multiprocessing")]
+    arguments = ("--work", tmp_path, "--text", *folders, "--size-mb", 1, "--vocab-size", 2000)
+    small = tool("bench_tokenize", *arguments, "--workers", 1, "--json", tmp_path / "figures.json")
+    assert small.returncode == 0, small.stderr
+    rows = json.loads((tmp_path / "figures.json").read_bytes())["rows"]
+    assert {(row["tokenizer"], row["what"]) for row in rows} == {
+        (name, what) for name in ("bpe.json", "sp.model") for what in ("preprocess_corpus, 1 workers", "limit", "peer")
+    }
+    by_name = {(row["tokenizer"], row["what"]): row for row in rows}
+    for name in ("bpe.json", "sp.model"):
+        assert by_name[name, "preprocess_corpus, 1 workers"]["tokens"] == by_name[name, "limit"]["tokens"]
+        assert all(row["cpu_s"] > 0 and row["max_rss_mb"] > 1 and row["tree_pss_mb"] > 1 for row in rows)

@@ -84,6 +84,9 @@ BREAKS = [
         {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 3},
         "parallel.sequence_parallel",
     ),
+    (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
+    (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
+    (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"bf16": True}}, "model.mcore.bf16"),
     (validate.mcore_optimizer_keys_are_not_ours, {"optimizer.mcore": {"lr": 1.0}}, "optimizer.mcore.lr"),
 ]

@@ -133,13 +133,12 @@ def test_what_the_cheap_check_finds(tmp_path: Path, damage: Any, message: str) -
 
 
 def test_index_of_another_corpus_of_the_same_counts(tmp_path: Path) -> None:
-    """The same documents and tokens, cut elsewhere: only the hash tells."""
+    """The same documents and tokens, cut elsewhere: the hash of the index tells."""
     make(tmp_path / "c", [[1, 2, 3], [4]])
     make(tmp_path / "d", [[1], [2, 3, 4]])
     shutil.copy(idx_path(tmp_path / "d"), idx_path(tmp_path / "c"))
-    verify_corpus(tmp_path / "c")
-    with pytest.raises(DataError, match=r"c\.idx: got sha256"):
-        verify_corpus(tmp_path / "c", full=True)
+    with pytest.raises(DataError, match=r"c\.idx: got sha256 .*of another corpus"):
+        verify_corpus(tmp_path / "c")
 
 
 def test_what_only_the_full_check_finds(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""What `activation` may be in a preset and in model.mcore."""
+
 _LLAMA: dict[str, Any] = {
     "normalization": "RMSNorm",
     "gated_linear_unit": True,
