@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 
-import pytest
+# The models of the tests are too small to share among threads, and this must be said before torch is loaded. Child
+# processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from megarpt.device import mcore_cpu, runtime
+import pytest  # noqa: E402
+
+from megarpt.device import mcore_cpu, runtime  # noqa: E402
 
 # Test modules import megatron-core when they are collected, so the CPU layer goes in before any of them.
 mcore_cpu.install_without_cuda()

@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", default=PLACES, metavar="DIR", help="where text is taken from")
     parser.add_argument("--input", metavar="FILE", help="use this jsonl file instead (key: text)")
     parser.add_argument("--size-mb", type=positive, default=200, metavar="MB", help="of the input that is built (default: 200)")
+    parser.add_argument("--vocab-size", type=positive, default=32000, metavar="N", help="of both tokenizers (default: 32000)")
     parser.add_argument(
         "--peer-mb", type=positive, default=20, metavar="MB", help="the peer reads only this much (default: 20)"
     )

@@ -96,6 +96,7 @@ def _unfinished(options: ScoreOptions, reference: Pretrained, dataset: WindowDat
         publish_ready(prefix, Path(prefix).absolute().parent)
         if Path(f"{prefix}.json").exists() and _same_source(SidecarManifest.load(prefix), manifest):
             logger.info("%s is already there, made by the same model from the same corpus", prefix)
+            Journal(prefix, []).remove()  # of a job that ended between two of its sidecars
         else:
             targets.append(_Target(stream, prefix, manifest))
     return targets

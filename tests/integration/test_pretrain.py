@@ -157,6 +157,22 @@ def test_a_scoring_job_that_was_stopped_goes_on_to_the_same_bytes(
     assert sorted(p.name for p in tmp_path.glob("parts*")) == sorted(
         p.name.replace("whole", "parts") for p in tmp_path.glob("whole*")
     )
+    killed = options.model_copy(update={"output_prefix": str(tmp_path / "killed")})
+    moments = iter([*[False] * 4, None])  # dies after values were appended and before the journal says so
+
+    def die(self: StopSignal) -> bool:
+        if (moment := next(moments)) is None:
+            raise RuntimeError("as if killed")
+        return moment
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_DURABLE_EVERY_S", 0.0)
+        patch.setattr(StopSignal, "agreed", die)
+        with pytest.raises(RuntimeError, match="as if killed"):
+            score.run(killed, cpu_runtime)
+    assert score.run(killed, cpu_runtime) == 0
+    for stream in ("ref_nll", "ref_entropy"):
+        assert Path(f"{tmp_path}/killed_{stream}.bin").read_bytes() == Path(f"{tmp_path}/whole_{stream}.bin").read_bytes()
     values = np.fromfile(f"{tmp_path}/whole_ref_nll.bin", dtype=np.float32)
     assert np.isnan(values[0]) and np.isfinite(values).mean() > 0.98
     assert SidecarManifest.load(f"{tmp_path}/whole_ref_nll").num_tokens == len(values)
