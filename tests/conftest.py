@@ -11,9 +11,9 @@ from collections.abc import Iterator
 # processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from megarpt.device import mcore_cpu, runtime  # noqa: E402
+from megarpt.device import mcore_cpu, runtime
 
 # Test modules import megatron-core when they are collected, so the CPU layer goes in before any of them.
 mcore_cpu.install_without_cuda()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure tools/preprocess_corpus.py on real text: tokens per CPU second, everything included, and memory.
 
-    python tools/bench_tokenize.py --work bench/tokenize
+    python tools/bench_tokenize.py --rounds 2
 
 It builds one jsonl file (200 MB by default) of the text that lies around on a machine with Python (sources, documentation,
 manual pages), trains a 32,000-piece byte-level BPE and a sentencepiece model on a part of it, and runs in turn:

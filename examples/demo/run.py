@@ -24,12 +24,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from pipeline import Command, Pipeline, Stage, StageFailed, Stopped, only_one, show_failure
+from pipeline import Command, Pipeline, Stage, StageFailed, Stopped, only_one, remove, show_failure
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PARTS = ("base", "reference", "mix", "heldout", "probe")
 PROMPT = "Return a new array with the same"
+RESULTS = ("verdict.json", "demo.png", "selection.html")
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline = Pipeline(out, build_stages(out, scale, args.device), console)
         if args.restart:
             pipeline.remove_all()
+        remove([out / name for name in RESULTS])  # a verdict belongs to the runs beside it or is not there
         try:
             pipeline.run()
         except StageFailed as failure:

@@ -23,7 +23,7 @@ def atomic_write_bytes(path: Path | str, content: bytes) -> None:
         DataError: the file system refused; the old file is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same, so that what a killed process leaves is used up
     with write_errors(path, needed=len(content)):
         try:
             with open(temporary, "wb") as file:

@@ -16,18 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +31,22 @@ from megarpt import __version__
 from megarpt.corpus.atomic import atomic_write_json, require_free_bytes, write_errors
 from megarpt.corpus.console import ProgressLine, StopSignal
 from megarpt.corpus.encoders import Backend, Encoder, choose_encoder
-from megarpt.corpus.indexed import CorpusWriter, bin_path, idx_path, manifest_path, publish_ready, token_dtype
+from megarpt.corpus.indexed import bin_path, idx_path, manifest_path, publish_ready, token_dtype
 from megarpt.corpus.inputs import Format, InputFile, check_unchanged, find_inputs
+from megarpt.corpus.joiner import JOINED, Joined, Joiner
 from megarpt.corpus.manifest import CorpusManifest, InputRecord, MalformedRecord, TokenizerRecord, verify_corpus
+from megarpt.corpus.pool import make_shards
 from megarpt.corpus.readers import ReadOptions, Segment, cut, sample_texts
 from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
-from megarpt.corpus.worker import (
-    MALFORMED_KEPT,
-    ShardJob,
-    ShardResult,
-    read_shard_result,
-    run_worker,
-    shard_paths,
-    too_many_malformed,
-)
-from megarpt.errors import ConfigError, DataError, MegarptError
+from megarpt.corpus.worker import ShardJob, ShardResult, too_many_malformed
+from megarpt.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1  # of the partial folder
-_COPY_BYTES = 1 << 22
-_JOIN_CHECKPOINT_S = 1.0
 _COMPRESSION = 4  # how much larger compressed text is taken to be, for cutting and for the estimate of space
 _SPACE_MARGIN = 1.1
+_LOCK_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +65,6 @@ class PreprocessOptions:
     shard_bytes: int = 16 << 20
     backend: Backend = "auto"
     restart: bool = False
-
-
-@dataclass(slots=True)
-class _Joined:
-    """What the joined part of the corpus holds; saved as joined.json."""
-
-    num_shards: int = 0
-    num_documents: int = 0
-    num_tokens: int = 0
-    text_bytes: int = 0
-    bin_sha256: str = ""
-    documents_by_file: list[int] = field(default_factory=list)
-    num_malformed: int = 0
-    malformed: list[tuple[int, int, str]] = field(default_factory=list)
-
-    def add(self, shard: ShardResult) -> None:
-        self.num_shards += 1
-        self.text_bytes += shard.text_bytes
-        for file, count in shard.documents_by_file.items():
-            self.documents_by_file[file] += count
-        self.num_malformed += shard.num_malformed
-        self.malformed += shard.malformed[: MALFORMED_KEPT - len(self.malformed)]
 
 
 def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
@@ -127,7 +94,7 @@ def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
         done = _finished(prefix, folder, job_sha256, restart=options.restart)
         if done is None:
             _open_folder(folder, description, restart=options.restart)
-            _Job(options, files, tokenizer, prefix, folder, job_sha256, stop).run()
+            _Job(options, files, tokenizer, folder, job_sha256).run(stop)
         manifest = verify_corpus(prefix)
         shutil.rmtree(folder)
     return manifest
@@ -150,16 +117,29 @@ def _describe(options: PreprocessOptions, files: Sequence[InputFile], tokenizer:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Hold the folder for this process; the lock goes with the process, however it ends."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process and its workers; the lock goes with them, however they end.
+
+    Workers of a killed run hold it until they notice, within a block of text.
+
+    Raises:
+        ConfigError: somebody else holds it.
+    """
     with write_errors(folder):
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(f"{folder}: another process is making this corpus; wait for it, or stop it first") from error
-        yield lock
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"{folder}: another process is making this corpus; wait for it, or stop it first"
+                    ) from error
+            time.sleep(0.1)
+        yield
     finally:
         os.close(lock)
 
@@ -192,7 +172,7 @@ def _open_folder(folder: Path, description: dict[str, Any], *, restart: bool) ->
     """Begin a job in its folder, or find out that the one begun there is the same; one that finished nothing is in no way."""
     path = folder / "job.json"
     begun: dict[str, Any] | None = None
-    if path.exists() and not restart and any(folder.glob("shard-*.json")) | (folder / "joined.json").exists():
+    if path.exists() and not restart and any(folder.glob("shard-*.json")) | (folder / JOINED).exists():
         try:
             begun = json.loads(path.read_bytes())
         except ValueError as error:
@@ -247,102 +227,55 @@ def plan_shards(files: Sequence[InputFile], options: ReadOptions, shard_bytes: i
     return shards
 
 
-@dataclass(slots=True)
-class _Worker:
-    number: int
-    process: Any
-    pipe: connection.Connection
-    shard: int | None = None
-    read_bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
-
-
 class _Job:
     """One run of a job."""
 
     def __init__(
-        self,
-        options: PreprocessOptions,
-        files: Sequence[InputFile],
-        tokenizer: Tokenizer,
-        prefix: Path,
-        folder: Path,
-        job_sha256: str,
-        stop: StopSignal,
+        self, options: PreprocessOptions, files: Sequence[InputFile], tokenizer: Tokenizer, folder: Path, job_sha256: str
     ) -> None:
-        self.options, self.files, self.tokenizer, self.prefix, self.folder = options, files, tokenizer, prefix, folder
-        self.job_sha256, self.stop = job_sha256, stop
+        self.options, self.files, self.tokenizer, self.folder, self.job_sha256 = options, files, tokenizer, folder, job_sha256
+        self.prefix = Path(options.output_prefix)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.shards = plan_shards(files, options.read, options.shard_bytes)
         self.began, self.cpu_began = time.monotonic(), _cpu_seconds()
-        self.joined, self.writer = self._open_joined()
-        self.saved_at = time.monotonic()
-        self.joined_files: list[int] = []  # shards whose files can go once the joined part is saved
-        self.results: dict[int, ShardResult] = {}  # finished, not joined
-        self.malformed = self.joined.num_malformed
+        self.joiner = Joiner(self.prefix, folder, self.dtype, num_files=len(files))
+        self.num_malformed = self.joiner.joined.num_malformed
 
-    def run(self) -> None:
+    def run(self, stop: StopSignal) -> None:
         """To the published corpus.
 
         Raises:
             DataError, ConfigError, Stopped, MegarptError: as `preprocess` says.
         """
-        self._find_finished_shards()
-        todo = [shard for shard in range(self.joined.num_shards, len(self.shards)) if shard not in self.results]
-        if len(todo) < len(self.shards):
-            logger.info("%s: going on with %d of %d shards to do", self.prefix, len(todo), len(self.shards))
         try:
+            for shard, result in self.joiner.find_finished(len(self.shards), self.job_sha256).items():
+                self._take(shard, result)
+            first = self.joiner.joined.num_shards
+            todo = [shard for shard in range(first, len(self.shards)) if shard not in self.joiner.pending]
+            if len(todo) < len(self.shards):
+                logger.info("%s: going on with %d of %d shards to do", self.prefix, len(todo), len(self.shards))
             if todo:
-                encoder = self._prepare_encoder()
-                self._encode(encoder, todo)
-            self._join()
+                self._make(todo, self._prepare_encoder(), stop)
+            self.joiner.join()
+            stop.check()
             self._publish()
         finally:
-            self.writer.close()
-
-    # Preparation
-
-    def _open_joined(self) -> tuple[_Joined, CorpusWriter]:
-        path = self.folder / "joined.json"
-        joined = _Joined(documents_by_file=[0] * len(self.files))
-        if path.exists():
-            try:
-                joined = _Joined(**json.loads(path.read_bytes()))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{path}: cannot be read ({error}); pass --restart to begin again") from error
-        resume = (joined.num_tokens, joined.num_documents)
-        writer = CorpusWriter(self.prefix, self.dtype, folder=self.folder, resume=resume)
-        if joined.num_shards and writer.hexdigest() != joined.bin_sha256:
-            raise DataError(f"{self.folder}: the joined part was changed since it was written; pass --restart to begin again")
-        return joined, writer
-
-    def _find_finished_shards(self) -> None:
-        for shard in range(self.joined.num_shards, len(self.shards)):
-            result = read_shard_result(self.folder, shard, self.job_sha256)
-            if result is not None and _hash_of(shard_paths(self.folder, shard)[0]) == result.bin_sha256:
-                self._take(shard, result)
+            self.joiner.close()
 
     def _prepare_encoder(self) -> Encoder:
+        """Choose it on samples of the inputs, which also tell how much space the result takes."""
         samples = sample_texts(self.files, self.options.read)
         encoder = choose_encoder(self.tokenizer, samples, backend=self.options.backend)
         text_bytes = sum(len(text.encode()) for text in samples)
         if text_bytes:
             tokens = sum(len(ids) for ids in encoder.encode(samples))
-            weights = sum(file.size * (_COMPRESSION if file.compression else 1) for file in self.files)
-            needed = int(weights * tokens / text_bytes * self.dtype.itemsize * _SPACE_MARGIN)
-            require_free_bytes(self.prefix, needed - self.writer.num_values * self.dtype.itemsize)
+            total = sum(file.size * (_COMPRESSION if file.compression else 1) for file in self.files)
+            needed = int(total * tokens / text_bytes * self.dtype.itemsize * _SPACE_MARGIN)
+            require_free_bytes(self.prefix, needed - self.joiner.num_tokens * self.dtype.itemsize)
         return encoder
 
-    # Workers
-
-    def _encode(self, encoder: Encoder, todo: list[int]) -> None:
-        """Have workers make the shards and join them as they come.
-
-        fork shares the open tokenizer with all workers; it is not used beside threads, pyarrow's among them.
-        """
-        forks = threading.active_count() == 1 and all(file.format != "parquet" for file in self.files)
-        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+    def _make(self, todo: Sequence[int], encoder: Encoder, stop: StopSignal) -> None:
+        """Have the shards made, and join them as they come."""
         job = ShardJob(
             self.job_sha256,
             self.folder,
@@ -354,83 +287,26 @@ class _Job:
             self.options.skip_malformed,
             os.getpid(),
         )
-        waiting = iter(todo)
-        workers: list[_Worker] = []
+        total = sum(file.size for file in self.files)
+        progress: ProgressLine | None = None  # begun after the workers: a bar has a thread, and threads forbid to fork
+
+        def finished_bytes() -> int:
+            return total * self.joiner.num_finished // len(self.shards)
+
+        def on_tick(read_bytes: int, tokens: int) -> None:
+            nonlocal progress
+            stop.check()
+            self.joiner.join()
+            if progress is None:
+                progress = ProgressLine("tokenizing", total)
+                progress.start_at(finished_bytes())
+            progress.update(finished_bytes() + read_bytes, f"{(self.joiner.num_tokens + tokens) / 1e6:.1f} M tokens")
+
         try:
-            for number in range(min(self.options.workers, len(todo))):
-                here, there = context.Pipe()
-                process = context.Process(target=run_worker, args=(there, encoder, job), daemon=True, name=f"worker {number}")
-                process.start()
-                there.close()
-                workers.append(_Worker(number, process, here))
-            with ProgressLine("tokenizing", self._total_bytes()) as progress:
-                progress.start_at(self._done_bytes())
-                for worker in workers:
-                    self._give(worker, waiting)
-                while any(worker.shard is not None for worker in workers):
-                    self.stop.check()
-                    self._listen(workers, waiting)
-                    self._join()
-                    self._show(progress, workers)
+            make_shards(job, encoder, todo, workers=self.options.workers, on_done=self._take, on_tick=on_tick)
         finally:
-            for worker in workers:
-                if worker.shard is not None:
-                    worker.process.kill()
-            for worker in workers:
-                worker.process.join()
-                worker.pipe.close()
-            for leftover in self.folder.glob("*.tmp-*"):  # of workers that were killed
-                leftover.unlink()
-
-    def _give(self, worker: _Worker, waiting: Iterator[int]) -> None:
-        """The next shard, or word that there is none."""
-        worker.shard = next(waiting, None)
-        worker.read_bytes = worker.documents = worker.tokens = 0
-        try:
-            worker.pipe.send(worker.shard)
-        except BrokenPipeError:
-            raise self._death(worker) from None
-
-    def _listen(self, workers: Sequence[_Worker], waiting: Iterator[int]) -> None:
-        """Take what workers say; notice those that died without a word."""
-        busy = {worker.pipe: worker for worker in workers if worker.shard is not None}
-        for ready in connection.wait(list(busy), timeout=0.25):
-            worker = busy[ready]  # type: ignore[index]
-            try:
-                message = worker.pipe.recv()
-            except (EOFError, OSError):
-                raise self._death(worker) from None
-            if message[0] == "error":
-                raise message[1](message[2])
-            if message[0] == "progress":
-                worker.read_bytes, worker.documents, worker.tokens = message[1:]
-                continue
-            result = read_shard_result(self.folder, message[1], self.job_sha256)
-            if result is None:
-                raise DataError(
-                    f"{self.folder}: shard {message[1]} is gone after it was written; is something cleaning up there?"
-                )
-            self._take(message[1], result)
-            self._give(worker, waiting)
-        for worker in busy.values():
-            if worker.shard is not None and not worker.process.is_alive() and not worker.pipe.poll():
-                raise self._death(worker)
-
-    def _death(self, worker: _Worker) -> MegarptError:
-        worker.process.join(timeout=5)
-        code = worker.process.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
-        doing = ""
-        if worker.shard is not None:
-            first = self.shards[worker.shard][0]
-            doing = (
-                f" while it worked on shard {worker.shard} ({self.files[first.file].path}, {first.start:,} to {first.end:,})"
-            )
-        memory = "; the system may have run out of memory: use fewer --workers" if code == -signal.SIGKILL else ""
-        return MegarptError(
-            f"worker {worker.number} (process {worker.process.pid}) {how}{doing}{memory}. Run the same command again: it goes "
-            "on at the last finished shard"
-        )
+            if progress is not None:
+                progress.close()
 
     def _take(self, shard: int, result: ShardResult) -> None:
         """Count a finished shard.
@@ -438,61 +314,27 @@ class _Job:
         Raises:
             DataError: all shards together have too many malformed lines.
         """
-        self.results[shard] = result
-        self.malformed += result.num_malformed
+        self.joiner.pending[shard] = result
+        self.num_malformed += result.num_malformed
         for file, line, reason in result.malformed[:10]:
             logger.warning("skipped %s:%d: malformed: %s", self.files[file].path, line, reason)
-        if self.malformed > self.options.skip_malformed:
+        if self.num_malformed > self.options.skip_malformed:
             file, line, reason = result.malformed[-1]
             raise too_many_malformed(self.files[file], line, reason, self.options.skip_malformed)
 
-    # Joining
-
-    def _join(self) -> None:
-        """Append the finished shards that come next, and forget their files once that is durable."""
-        while self.joined.num_shards in self.results:
-            self.stop.check()
-            shard = self.joined.num_shards
-            result = self.results.pop(shard)
-            values, lengths, _commit = shard_paths(self.folder, shard)
-            with open(values, "rb", buffering=0) as file:
-                while block := file.read(_COPY_BYTES):
-                    self.writer.append_raw(block, b"")
-            self.writer.append_raw(b"", lengths.read_bytes())
-            self.joined.add(result)
-            self.joined_files.append(shard)
-            expected = (self.joined.num_tokens + result.num_tokens, self.joined.num_documents + result.num_documents)
-            if (self.writer.num_values, self.writer.num_documents) != expected:
-                raise DataError(f"{values}: holds other values than its result says; pass --restart to begin again")
-            self.joined.num_tokens, self.joined.num_documents = expected
-            if time.monotonic() - self.saved_at > _JOIN_CHECKPOINT_S:
-                self._save_joined()
-
-    def _save_joined(self) -> None:
-        self.writer.flush()
-        self.joined.bin_sha256 = self.writer.hexdigest()
-        atomic_write_json(self.folder / "joined.json", asdict(self.joined))
-        for shard in self.joined_files:
-            for path in shard_paths(self.folder, shard):
-                path.unlink(missing_ok=True)
-        self.joined_files = []
-        self.saved_at = time.monotonic()
-
     def _publish(self) -> None:
+        """Check what was joined, write index and manifest, give the files their names."""
         check_unchanged(self.files)
-        joined = self.joined
-        if joined.num_tokens == 0:
-            names = ", ".join(file.path for file in self.files[:5])
-            raise DataError(
-                f"{self.prefix}: got {joined.num_documents} documents and no token from {names}"
-                f"{' and others' if len(self.files) > 5 else ''}, expected text; are the files empty, or is --text-key "
-                f"{self.options.read.text_key!r} the wrong field?"
-            )
-        without = [file.path for file, count in zip(self.files, joined.documents_by_file, strict=True) if not count]
-        if without:
-            more = f" and {len(without) - 5} others" if len(without) > 5 else ""
-            logger.warning("no documents in %s%s", ", ".join(without[:5]), more)
-        totals = self.writer.finish()
+        joined = self.joiner.joined
+        self._check_documents(joined)
+        totals = self.joiner.writer.finish()
+        inputs = [
+            InputRecord(name=file.name, size_bytes=file.size, fingerprint=file.fingerprint, num_documents=count)
+            for file, count in zip(self.files, joined.documents_by_file, strict=True)
+        ]
+        malformed = [
+            MalformedRecord(file=self.files[file].name, line=line, reason=reason) for file, line, reason in joined.malformed
+        ]
         manifest = CorpusManifest(
             num_documents=totals.num_documents,
             num_tokens=totals.num_values,
@@ -502,17 +344,12 @@ class _Job:
             text_bytes=joined.text_bytes,
             append_eod=self.options.append_eod,
             tokenizer=TokenizerRecord.of(self.tokenizer),
-            inputs=[
-                InputRecord(name=file.name, size_bytes=file.size, fingerprint=file.fingerprint, num_documents=count)
-                for file, count in zip(self.files, joined.documents_by_file, strict=True)
-            ],
+            inputs=inputs,
             num_malformed=joined.num_malformed,
-            malformed=[
-                MalformedRecord(file=self.files[file].name, line=line, reason=reason) for file, line, reason in joined.malformed
-            ],
+            malformed=malformed,
             job_sha256=self.job_sha256,
         )
-        self.writer.publish(manifest)
+        self.joiner.writer.publish(manifest)
         cpu = _cpu_seconds() - self.cpu_began
         logger.info(
             "%s: %s documents, %s tokens, %s bytes of text, %d malformed lines skipped; %.1f s, %.1f CPU seconds, %.2f million "
@@ -527,31 +364,23 @@ class _Job:
             totals.num_values / cpu / 1e6,
         )
 
-    # Progress
+    def _check_documents(self, joined: Joined) -> None:
+        if joined.num_tokens == 0:
+            raise DataError(
+                f"{self.prefix}: got {joined.num_documents} documents and no token from {_names(self.files)}, expected text; are "
+                f"these files empty, or is --text-key {self.options.read.text_key!r} the wrong field?"
+            )
+        without = [file for file, count in zip(self.files, joined.documents_by_file, strict=True) if not count]
+        if without:
+            logger.warning("no documents in %s", _names(without))
 
-    def _total_bytes(self) -> int:
-        return sum(file.size for file in self.files)
 
-    def _done_bytes(self) -> int:
-        """Bytes of finished shards, by their share of all shards."""
-        return self._total_bytes() * (self.joined.num_shards + len(self.results)) // len(self.shards)
-
-    def _show(self, progress: ProgressLine, workers: Sequence[_Worker]) -> None:
-        tokens = self.joined.num_tokens + sum(result.num_tokens for result in self.results.values())
-        tokens += sum(worker.tokens for worker in workers if worker.shard is not None)
-        running = sum(worker.read_bytes for worker in workers if worker.shard is not None)
-        progress.update(self._done_bytes() + running, f"{tokens / 1e6:.1f} M tokens")
+def _names(files: Sequence[InputFile]) -> str:
+    more = f" and {len(files) - 5} others" if len(files) > 5 else ""
+    return ", ".join(file.path for file in files[:5]) + more
 
 
 def _cpu_seconds() -> float:
     """Of this process and the children that ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _hash_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_COPY_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -58,8 +58,7 @@ class ShardResult:
     malformed: list[tuple[int, int, str]] = field(default_factory=list)  # file, line, reason
 
 
-MessageKind = Literal["progress", "done", "error"]
-Report = Callable[[int, int, int], None]  # bytes read, documents, tokens of the shard so far
+Report = Callable[[int, int], None]  # bytes read and tokens of the shard so far
 
 
 def shard_paths(folder: Path, shard: int) -> tuple[Path, Path, Path]:
@@ -84,12 +83,10 @@ def read_shard_result(folder: Path, shard: int, job_sha256: str) -> ShardResult 
     return result
 
 
-def run_worker(connection: Connection, encoder: Encoder, job: ShardJob, inherited: Sequence[int] = ()) -> None:
-    """The life of a worker process. `inherited` are file descriptors of the parent that a forked worker must not hold."""
+def run_worker(connection: Connection, encoder: Encoder, job: ShardJob) -> None:
+    """The life of a worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
-    for descriptor in inherited:
-        os.close(descriptor)
     try:
         while True:
             while not connection.poll(_PARENT_CHECK_S):
@@ -160,7 +157,7 @@ def _encode_segments(
             output.append(encoder.encode(block.texts))
             result.text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in block.texts)
             read_bytes += block.read_bytes
-            report(read_bytes, output.num_documents, output.num_tokens)
+            report(read_bytes, output.num_tokens)
             encoder.trim_memory()
         result.documents_by_file[segment.file] = result.documents_by_file.get(segment.file, 0) + output.num_documents - before
 
@@ -224,13 +221,13 @@ class _ShardFiles:
 def _reporter(connection: Connection, job: ShardJob) -> Report:
     last = time.monotonic()
 
-    def report(read_bytes: int, documents: int, tokens: int) -> None:
+    def report(read_bytes: int, tokens: int) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _REPORT_S:
             last = now
             _leave_without_parent(job)
-            connection.send(("progress", read_bytes, documents, tokens))
+            connection.send(("progress", read_bytes, tokens))
 
     return report
 

@@ -26,11 +26,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 import megarpt
 from megarpt.config.load import config_hash, dump_resolved
 from megarpt.config.schema import PretrainConfig
+from megarpt.corpus.atomic import atomic_write_bytes, fsync_directory
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, DataError
 from megarpt.model.build import unwrap
 from megarpt.parallel.layout import ProcessGroups
-from megarpt.train.atomic import sync_directory, write_atomically
 from megarpt.train.checkpoint_files import (
     CONFIG,
     LATEST,
@@ -272,7 +272,7 @@ class CheckpointManager:
             logger.warning("%s is damaged and set aside as %s:%s", checkpoint, set_aside(checkpoint).name, lines)
         if damaged:
             logger.warning("going back to %s", chosen)
-        write_atomically(self.directory / LATEST, f"{chosen.name}\n".encode())
+        atomic_write_bytes(self.directory / LATEST, f"{chosen.name}\n".encode())
 
     def _take_over(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ class CheckpointManager:
     def _begin(self, temporary: Path, parts: Mapping[str, Any]) -> None:
         for name in parts:
             (temporary / name).mkdir(parents=True)
-        write_atomically(temporary / CONFIG, dump_resolved(self._cfg).encode())
+        atomic_write_bytes(temporary / CONFIG, dump_resolved(self._cfg).encode())
 
     def _describe_files(self, temporary: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of every file; each rank reads what it wrote, the writer the rest."""
@@ -314,11 +314,11 @@ class CheckpointManager:
 
     def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         for name in (MODEL, TRAINING):
-            sync_directory(temporary / name)
+            fsync_directory(temporary / name)
         manifest.write(temporary)
         temporary.rename(final)
-        sync_directory(self.directory)
-        write_atomically(self.directory / LATEST, f"{final.name}\n".encode())
+        fsync_directory(self.directory)
+        atomic_write_bytes(self.directory / LATEST, f"{final.name}\n".encode())
 
     def _retain(self) -> None:
         options = self._cfg.checkpoint

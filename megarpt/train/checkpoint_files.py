@@ -27,8 +27,8 @@ import yaml
 
 from megarpt.config.load import config_from_dict
 from megarpt.config.schema import PretrainConfig
+from megarpt.corpus.atomic import atomic_write_json, fsync_directory
 from megarpt.errors import CheckpointError
-from megarpt.train.atomic import sync_directory, write_json_atomically
 
 MODEL, TRAINING = "model", "training"
 CONFIG, MANIFEST, LATEST = "config.yaml", "manifest.json", "latest"
@@ -61,7 +61,7 @@ class Manifest:
     def write(self, checkpoint: Path) -> None:
         """Make the folder a complete checkpoint."""
         content = {"format": FORMAT, **asdict(self)}
-        write_json_atomically(checkpoint / MANIFEST, {**content, "manifest_sha256": _hash_json(content)})
+        atomic_write_json(checkpoint / MANIFEST, {**content, "manifest_sha256": _hash_json(content)})
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -191,7 +191,7 @@ def remove_leftovers(directory: Path) -> list[str]:
     folders = _matching(directory, _LEFTOVER)
     for folder in folders:
         shutil.rmtree(folder)
-    pointers = list(directory.glob(f".{LATEST}.*.tmp"))
+    pointers = list(directory.glob(f".{LATEST}.tmp"))
     for pointer in pointers:
         pointer.unlink()
     return sorted(path.name for path in folders + pointers)
@@ -201,7 +201,7 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint such that a kill on the way leaves nothing that looks complete."""
     doomed = checkpoint.with_name(checkpoint.name + ".deleting")
     checkpoint.rename(doomed)
-    sync_directory(checkpoint.parent)
+    fsync_directory(checkpoint.parent)
     shutil.rmtree(doomed)
 
 
@@ -212,7 +212,7 @@ def set_aside(checkpoint: Path) -> Path:
         attempt += 1
         target = checkpoint.with_name(f"{checkpoint.name}.damaged-{attempt}")
     checkpoint.rename(target)
-    sync_directory(checkpoint.parent)
+    fsync_directory(checkpoint.parent)
     return target
 
 

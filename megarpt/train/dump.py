@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json
 from megarpt.errors import DataError
 from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import StepReport, TokenBatch
-from megarpt.train.atomic import write_atomically, write_json_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ class BatchDumper:
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path.with_suffix(".npz"), packed.getvalue())
-            write_json_atomically(path, self._describe(step, work, report))
+            atomic_write_bytes(path.with_suffix(".npz"), packed.getvalue())
+            atomic_write_json(path, self._describe(step, work, report))
         except (DataError, OSError) as error:
             logger.error("step %d was not finite and its batch could not be dumped: %s", step, error)
             return None

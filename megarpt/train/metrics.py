@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megarpt.config.load import dump_resolved
 from megarpt.config.schema import LoggingConfig, PretrainConfig
+from megarpt.corpus.atomic import cannot_write
 from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
-from megarpt.train.atomic import cannot_write
 from megarpt.train.metrics_file import MetricsFile, rewind_metrics
 from megarpt.train.reports import EvaluationResult, progress_fields, step_scalars
 from megarpt.train.rundir import RunDir

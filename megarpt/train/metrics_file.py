@@ -14,8 +14,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megarpt.corpus.atomic import cannot_write, fsync_directory
 from megarpt.errors import DataError
-from megarpt.train.atomic import cannot_write, sync_directory
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class MetricsFile:
         self.path = path
         try:
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-            sync_directory(path.parent)
+            fsync_directory(path.parent)
         except OSError as error:
             raise cannot_write(path, error) from error
 

@@ -28,6 +28,7 @@ import yaml
 
 from megarpt.config.load import dump_resolved
 from megarpt.config.schema import PretrainConfig
+from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json, cannot_write
 from megarpt.errors import (
     EXIT_CONFIG,
     EXIT_ENVIRONMENT,
@@ -39,7 +40,6 @@ from megarpt.errors import (
     MegarptError,
 )
 from megarpt.structs import Progress
-from megarpt.train.atomic import cannot_write, write_atomically, write_json_atomically
 from megarpt.train.environment import describe_environment
 
 logger = logging.getLogger(__name__)
@@ -208,8 +208,8 @@ class RunDir:
             self.finish("config_error", str(error))
             raise
         self.environment = describe_environment(command, facts)
-        write_atomically(self.path / "config.yaml", dump_resolved(config).encode())
-        write_json_atomically(self.path / "environment.json", self.environment)
+        atomic_write_bytes(self.path / "config.yaml", dump_resolved(config).encode())
+        atomic_write_json(self.path / "environment.json", self.environment)
         self._write_exit("running", None, "")
 
     def _check_config(self, config: PretrainConfig, has_checkpoint: bool) -> None:
@@ -256,7 +256,7 @@ class RunDir:
             "config_changes": [asdict(d) for d in self.config_changes],
             "attempts": self._attempts,
         }
-        write_json_atomically(self.path / "exit.json", content)
+        atomic_write_json(self.path / "exit.json", content)
 
     def _acquire_lock(self) -> None:
         # A POSIX record lock: it ends with this very process (flock would live on in forked children) and works over NFS.

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megarpt.corpus.atomic import atomic_write_bytes
 from megarpt.errors import ExtensionError
 from megarpt.structs import Progress
-from megarpt.train.atomic import write_atomically
 
 
 class WandbSink:
@@ -43,7 +43,7 @@ class WandbSink:
             ) from error
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            write_atomically(id_file, secrets.token_hex(8).encode())
+            atomic_write_bytes(id_file, secrets.token_hex(8).encode())
         self._run: Any = self._wandb.init(
             project=project,
             id=id_file.read_text().strip(),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megarpt.corpus import atomic, preprocess, worker
+from megarpt.corpus import atomic, joiner, preprocess, worker
 from megarpt.corpus.console import Stopped, StopSignal
 from megarpt.corpus.encoders import ReferenceEncoder
 from megarpt.corpus.indexed import CorpusIndex, bin_path, idx_path, manifest_path
@@ -143,19 +143,19 @@ class StopAfter(StopSignal):
 def test_stopped_at_any_point_and_resumed(
     tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, checkpoint_s: float
 ) -> None:
-    monkeypatch.setattr(preprocess, "_JOIN_CHECKPOINT_S", checkpoint_s)
+    monkeypatch.setattr(joiner, "_SAVE_EVERY_S", checkpoint_s)
     source = write_jsonl(TEXTS)
-    run(source, tmp_path / "whole")
+    run(source, tmp_path / "whole", shard_bytes=900)
     stops = 0
-    for looks in itertools.accumulate(range(40)):
+    for looks in range(60):
         try:
-            run(source, tmp_path / "c", StopAfter(looks))
+            run(source, tmp_path / "c", StopAfter(looks), shard_bytes=900)
             break
         except Stopped as stopped:
             stops += 1
             assert stopped.exit_code == 75
             assert not any(path(tmp_path / "c").exists() for path in (bin_path, idx_path, manifest_path))
-    assert stops > 3
+    assert stops > 1
     assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
@@ -206,7 +206,7 @@ def test_damaged_finished_shard_is_made_again(tmp_path: Path, write_jsonl: Calla
 def test_damaged_joined_part_is_noticed(
     tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preprocess, "_JOIN_CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(joiner, "_SAVE_EVERY_S", 0.0)
     source = write_jsonl(TEXTS)
     looks = 5
     while not (partial(tmp_path / "c") / "joined.json").exists():
@@ -292,7 +292,8 @@ def test_inputs_that_change_meanwhile(tmp_path: Path, write_jsonl: Callable[...,
     assert not manifest_path(tmp_path / "c").exists()
 
 
-def test_two_at_once(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+def test_two_at_once(tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "_LOCK_WAIT_S", 0.2)
     partial(tmp_path / "c").mkdir()
     with preprocess._locked(partial(tmp_path / "c")), pytest.raises(ConfigError, match="another process is making this corpus"):
         run(write_jsonl(TEXTS), tmp_path / "c")

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from megarpt.corpus.manifest import CorpusManifest, hash_file
 from megarpt.data.windows import Window, WindowDataset
 from megarpt.errors import DataError
 from megarpt.testing.tiny import label_values, write_corpus, write_sidecar
@@ -95,6 +96,8 @@ def test_several_sequences_per_document_are_one_document(tmp_path: Path) -> None
     for document, parts in zip(documents, lengths, strict=True):
         builder.add_document(np.array(document), parts)
     builder.finalize(str(tmp_path / "c.idx"))
+    digest = {"idx_sha256": hash_file(tmp_path / "c.idx")}
+    CorpusManifest.load(tmp_path / "c").model_copy(update=digest).save(tmp_path / "c")
     assert open_windows(tmp_path / "c", 8)[0].segment_lengths.tolist() == [5, 3]
 
 

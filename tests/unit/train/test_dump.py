@@ -87,7 +87,7 @@ def test_a_json_file_never_lacks_its_arrays(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dump, "write_json_atomically", killed)
+    monkeypatch.setattr(dump, "atomic_write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         BatchDumper(tmp_path, 0, decode_bytes).dump(1, [token_work], BAD)
     assert [p.suffix for p in tmp_path.iterdir()] == [".npz"]

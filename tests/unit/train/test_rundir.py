@@ -16,10 +16,10 @@ import pytest
 
 from megarpt.config.load import load_config
 from megarpt.config.schema import PretrainConfig
+from megarpt.corpus import atomic
+from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json
 from megarpt.errors import CheckpointError, ConfigError, DataError, NumericsError
 from megarpt.structs import Progress
-from megarpt.train import atomic
-from megarpt.train.atomic import write_atomically, write_json_atomically
 from megarpt.train.environment import describe_environment, git_state
 from megarpt.train.rundir import RunDir, RunDirBusyError, verdict_of
 
@@ -273,14 +273,14 @@ def test_a_folder_that_cannot_be_made_is_a_configuration_error(make_config: Make
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "exit.json"
-    write_json_atomically(path, {"a": 1})
+    atomic_write_json(path, {"a": 1})
 
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic.os, "fsync", full)
-    with pytest.raises(DataError, match="No space left on device; free space"):
-        write_atomically(path, b"new")
+    with pytest.raises(DataError, match=r"No space left on device.*free space"):
+        atomic_write_bytes(path, b"new")
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["exit.json"]
 
