@@ -126,6 +126,9 @@ def _doctor(args: argparse.Namespace) -> int | None:
 def _machine(device: Device) -> Iterator[Runtime]:
     """The started device and process group. Modules of `run/` are imported inside: on a CPU megatron-core must not be imported
     before the layer that makes it run there is in place."""
+    # Read by OpenMP when torch is loaded. Threads that wait by spinning stop each other wherever the cores are shared with
+    # anything else: ten times slower was measured.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from megarpt.device import runtime
 
     started = runtime.start(device)

@@ -367,8 +367,8 @@ class _Job:
     def _check_documents(self, joined: Joined) -> None:
         if joined.num_tokens == 0:
             raise DataError(
-                f"{self.prefix}: got {joined.num_documents} documents and no token from {_names(self.files)}, expected text; are "
-                f"these files empty, or is --text-key {self.options.read.text_key!r} the wrong field?"
+                f"{self.prefix}: got {joined.num_documents} documents and no token from {_names(self.files)}, expected text; "
+                f"are these files empty, or is --text-key {self.options.read.text_key!r} the wrong field?"
             )
         without = [file for file, count in zip(self.files, joined.documents_by_file, strict=True) if not count]
         if without:
