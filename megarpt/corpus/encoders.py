@@ -12,7 +12,6 @@ samples of the very corpus and on a list of awkward texts. Known differences are
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import logging
 import os
 import re
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "gigatoken", "reference"]
 _BATCH_CHARS = 1 << 18  # text given to a reference library at a time: its intermediate results are a hundred times as large
 _CACHE_BYTES = 144 << 20  # how much gigatoken's memory may grow before it is opened afresh
+_ASSIGNED = ((0x80, 0xD800), (0xE000, 0x20000), (0x2F800, 0x2FB00), (0xE0000, 0xE0200))  # where rules have something to change
 _FEW = 24  # names that are searched for one by one; more are filtered by their beginnings first
 
 # Contractions, runs, digits, blanks of every kind, line ends, combining marks, joined emoji, scripts without spaces, private
@@ -208,8 +208,7 @@ def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[st
     content = bytearray(reference.content)
     avoided: list[bytes] = []
     for number, (name, at, kind) in enumerate(pieces):
-        merges = any(name[:cut] in vocabulary and name[cut:] in vocabulary for cut in range(1, len(name)))
-        if kind == _USER_DEFINED or (kind in (_UNKNOWN, _BYTE) and merges):  # gigatoken would merge two pieces into it
+        if kind == _USER_DEFINED or (kind in (_UNKNOWN, _BYTE) and _has_halves(name, vocabulary)):
             avoided.append(name)
         elif kind == _CONTROL:
             new = ("\uffff" + chr(1 + number % 31) * (len(name) - 3)).encode()
@@ -220,6 +219,11 @@ def _without_controls(reference: SentencePieceTokenizer) -> tuple[bytes, list[st
                 avoided.append(name)
     special = [piece.name for piece in pieces if piece.type != _NORMAL]
     return bytes(content), [name.decode() for name in avoided], [name.decode() for name in special]
+
+
+def _has_halves(name: bytes, vocabulary: frozenset[bytes]) -> bool:
+    """Whether two pieces make up this one: gigatoken would merge them into it, as sentencepiece does not."""
+    return any(name[:cut] in vocabulary and name[cut:] in vocabulary for cut in range(1, len(name)))
 
 
 def _pieces(model: bytes) -> Iterator[_Piece]:
@@ -295,7 +299,7 @@ class _Normalizer:
 
     def __init__(self, reference: SentencePieceTokenizer) -> None:
         self.normalize: Callable[[str], str] = reference.processor.normalize
-        letters = "".join(map(chr, itertools.chain(range(0x80, 0xD800), range(0xE000, 0x110000))))
+        letters = "".join(chr(code) for first, last in _ASSIGNED for code in range(first, last))
         self._has_rule = self.normalize(letters).removeprefix("▁") != letters
         self._strips = self.normalize("a  ").removeprefix("▁") == "a"
 
