@@ -155,10 +155,12 @@ def main() -> None:
     groups = ParallelLayout(1, 1).initialize(seed=1)
     rows = [compare(groups, precision, args.steps, args.compiled) for precision in args.precision]
     table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
-    for key in rows[0]:
-        table.add_column(key.replace("_", " "), justify="right")
+    table.add_column("")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_column(str(row["precision"]), justify="right")
+    for key in [key for key in rows[0] if key != "precision"]:
+        values = [row[key] for row in rows]
+        table.add_row(key.replace("_", " "), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
     Console().print(table)
     if args.output:
         args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
