@@ -239,7 +239,10 @@ def show(rows: Sequence[Measurement]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ToolParser(__doc__)
     parser.add_argument(
-        "--work", required=True, metavar="DIR", help="for input, models and outputs; what is there is used again"
+        "--work",
+        default="runs/bench_tokenize",
+        metavar="DIR",
+        help="for input, models and outputs; what is there is used again (default: %(default)s)",
     )
     parser.add_argument("--text", nargs="+", default=PLACES, metavar="DIR", help="where text is taken from")
     parser.add_argument("--input", metavar="FILE", help="use this jsonl file instead (key: text)")
