@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[argparse.Namespace], int | None]
 
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program stopped by ctrl-c
 
 
@@ -74,7 +75,8 @@ def _pretrain(args: argparse.Namespace) -> int | None:
 
 
 def _score(args: argparse.Namespace) -> int | None:
-    options = _options(ScoreOptions, args, streams=tuple(name.strip() for name in args.streams.split(",")))
+    streams = tuple(name.strip() for name in args.streams.split(","))
+    options = _options(ScoreOptions, args, streams=streams, parallel=_layout(args))
     with _machine(options.device) as runtime:
         from megarpt.run import score
 
@@ -89,7 +91,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
             reason = "given twice" if equals and name in corpora else "expected NAME=PREFIX, for example wiki=data/wiki"
             raise ConfigError(f"--corpus: got {text!r}, {reason}")
         corpora[name] = prefix
-    options = _options(EvaluateOptions, args, corpora=corpora)
+    options = _options(EvaluateOptions, args, corpora=corpora, parallel=_layout(args))
     with _machine(options.device) as runtime:
         from megarpt.run import evaluate
 
@@ -151,6 +153,10 @@ def _options(model: type[AnySection], args: argparse.Namespace, **replaced: obje
     """The record a command takes, from the arguments of the same names."""
     given = {name: getattr(args, name) for name in model.model_fields if getattr(args, name, None) is not None}
     return build_section(model, given | replaced, name=f"megarpt {args.verb}")
+
+
+def _layout(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in _LAYOUT if getattr(args, name) is not None}
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -263,6 +269,13 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when it is usable")
 
 
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    for name in _LAYOUT:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar="N", help="ranks per copy of the model (default: 1)"
+        )
+
+
 def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", required=True, metavar="RUN_OR_CHECKPOINT", help="the reference model")
     parser.add_argument("--corpus", required=True, metavar="PREFIX", help="the corpus to score (PREFIX.bin, .idx, .json)")
@@ -280,6 +293,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="let documents in one window see each other, as a run with data.separate_documents=false does",
     )
+    _add_layout(parser)
     _add_device(parser)
 
 
@@ -291,6 +305,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="limit per corpus (default: all of it)")
     parser.add_argument("--micro-batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="default: %(default)s")
+    _add_layout(parser)
     _add_device(parser)
 
 

@@ -66,10 +66,10 @@ def megarpt_step(groups: ProcessGroups, precision: str) -> tuple[Callable[[Token
         }
     )
     torch.manual_seed(1)
-    model = build_model(cfg, ParallelLayout(1, 1), groups, MACHINE, vocab_size=VOCAB)
-    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
-    step = TrainStep(model, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups, seq_length=SEQUENCE)
-    return lambda batch: step([batch], Progress()).loss_nats, unwrap(model).state_dict()
+    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=VOCAB)
+    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
+    step = TrainStep(chunks, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups)
+    return lambda batch: step([batch], Progress()).loss_nats, unwrap(chunks[0]).state_dict()
 
 
 def plain_step(weights: dict[str, torch.Tensor], precision: str, compiled: bool) -> Callable[[TokenBatch], float]:
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    groups = ParallelLayout(1, 1).initialize(seed=1)
+    groups = ParallelLayout().initialize(seed=1)
     rows = [compare(groups, precision, args.steps, args.compiled) for precision in args.precision]
     table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
     table.add_column("")

@@ -174,6 +174,22 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices."""
     sequence_parallel: bool = False
     """Shard norm and dropout activations along the sequence over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: Positive = 1
+    """Stages the layers are divided into, one behind another (schedule 1F1B)."""
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(gt=1)] | None = None
+    """Pieces of the model on each stage (interleaved schedule): a smaller bubble for more communication; null is one."""
+    context_parallel_size: Positive = 1
+    """Ranks that share each sequence, every one holding the tokens of two opposite pieces of it."""
+    expert_model_parallel_size: Positive = 1
+    """Ranks that share the experts of mixture-of-experts layers; they are taken from data and context parallelism."""
+    expert_tensor_parallel_size: Positive | None = None
+    """Ranks that share each expert's matrices; null takes tensor_model_parallel_size."""
+    use_distributed_optimizer: bool = False
+    """Divide the optimizer's state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass is still running."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward pass is already running; needs use_distributed_optimizer."""
 
 
 class EvaluationConfig(Section):
@@ -246,6 +262,8 @@ class ScoreOptions(Section):
     """Tokens per window; must be the training run's. null takes the reference run's."""
     micro_batch_size: Positive = 8
     """Windows per forward pass."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks; data parallelism is what is left of the world."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
     separate_documents: bool = True
@@ -269,6 +287,8 @@ class EvaluateOptions(Section):
     """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
     """Windows per forward pass; null takes the run's."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks; data parallelism is what is left of the world."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
     output: Literal["table", "json"] = "table"

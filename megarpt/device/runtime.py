@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megarpt.device import mcore_cpu
+from megarpt.device import mcore_cpu, without_te
 from megarpt.errors import ExtensionError
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: f
         torch_device = torch.device("cpu")
         mcore_cpu.install()
         _keep_freed_memory()
+    without_te.install()
     backend: Literal["nccl", "gloo"] = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)

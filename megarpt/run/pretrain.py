@@ -14,10 +14,10 @@ from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
-from megarpt.model.build import build_model, model_mistakes, unwrap
-from megarpt.model.token_stats_gpt import count_parameters
+from megarpt.model.build import build_model, model_mistakes
+from megarpt.model.parameters import ParameterCount, total_parameters
 from megarpt.objectives.build import build_objective
-from megarpt.parallel.layout import ParallelLayout, ProcessGroups
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
 from megarpt.run.pretrained import keep_tokenizer, load_pretrained
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
@@ -54,9 +54,9 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         StopSignal(runtime) as stop,
     ):
         tokenizer = load_tokenizer(cfg.data.tokenizer)
-        torch.manual_seed(cfg.run.seed)
-        model = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
-        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+        torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
+        chunks = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
+        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
         batches = build_train_batches(
@@ -65,28 +65,28 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
             device=runtime.device,
-            streams=() if reference else objective.streams,
+            streams=() if reference or not groups.is_last_stage else objective.streams,
         )
         eval_sets = build_eval_sets(cfg, tokenizer)
         checkpoints = CheckpointManager(
             folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
         )
-        state = checkpoints.load_latest(model, optimizer, scheduler)
+        state = checkpoints.load_latest(chunks, optimizer, scheduler)
         if state is not None:
             folder.record(state.progress, checkpoints.newest)
             batches.load_state_dict(state.data)
             objective.load_state_dict(state.selection)
         elif cfg.model.init_from is not None:
-            load_weights(cfg.model.init_from, model, tokenizer_sha256=tokenizer.sha256)
+            load_weights(cfg.model.init_from, chunks, tokenizer_sha256=tokenizer.sha256)
             optimizer.reload_model_params()
         if is_writer:
             keep_tokenizer(folder.path, cfg.data.tokenizer)
         resume = state.progress if state else None
-        parameters = count_parameters(model)
+        parameters = total_parameters(chunks, groups)
         logger.info(
             "%s: %s parameters on %s, %d ranks; %s",
             folder.path,
-            f"{parameters:,}",
+            f"{parameters.total:,}",
             runtime.device_name,
             runtime.world_size,
             f"resuming at step {resume.step}" if resume else "starting",
@@ -102,26 +102,33 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 is_writer=is_writer,
             ) as line,
         ):
+            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference)
             trainer = Trainer(
                 cfg,
-                TrainStep(model, objective, optimizer, scheduler, groups, seq_length=cfg.data.seq_length, annotate=reference),
+                step,
                 batches,
                 state or TrainState(),
                 evaluate=partial(
                     evaluate,
-                    model,
+                    chunks,
                     eval_sets,
                     groups,
                     runtime.device,
                     micro_batch_size=cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size,
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
-                save=partial(checkpoints.save, model=model, optimizer=optimizer, scheduler=scheduler),
+                save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
                 monitor=Monitor(
                     log,
                     line,
-                    _perf_meter(cfg, runtime, model, folder),
-                    BatchDumper(folder.dump_dir, runtime.rank, tokenizer.decode, source_names=[s.path for s in cfg.data.train]),
+                    _perf_meter(cfg, runtime, parameters, folder),
+                    BatchDumper(
+                        folder.dump_dir,
+                        runtime.rank,
+                        tokenizer.decode,
+                        always=groups.speaks_for_the_loss,
+                        source_names=[s.path for s in cfg.data.train],
+                    ),
                     tokenizer.decode,
                 ),
                 run=folder,
@@ -142,23 +149,23 @@ def _online_reference(
     """
     if cfg.objective.reference is None:
         return None
-    reference = load_pretrained(cfg.objective.reference.checkpoint, runtime, layout, groups)
+    reference = load_pretrained(
+        cfg.objective.reference.checkpoint, runtime, layout.without_interleaving(), groups, cfg.parallel
+    )
     if reference.tokenizer.sha256 != tokenizer_sha256:
         raise ConfigError(
             f"objective.reference.checkpoint: {reference.checkpoint} was trained with tokenizer "
             f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
             "losses of different tokens cannot be compared: train a reference with this tokenizer"
         )
-    return OnlineReference(reference.network, [STREAM_OF_SCORER[cfg.objective.scorer]])
+    return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
 
 
-def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, folder: RunDir) -> PerfMeter:
-    network = unwrap(model)
-    width = network.config.num_attention_heads * network.config.kv_channels
+def _perf_meter(cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCount, folder: RunDir) -> PerfMeter:
     return PerfMeter(
         world_size=runtime.world_size,
         flops_per_token=flops_per_token(
-            count_parameters(network, multiplying_only=True), network.config.num_layers, width, cfg.data.seq_length
+            parameters.multiplying, parameters.num_layers, parameters.attention_width, cfg.data.seq_length
         ),
         peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
         memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},

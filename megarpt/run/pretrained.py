@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import ParallelConfig, PretrainConfig
 from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, DataError
@@ -27,14 +27,23 @@ class Pretrained:
     network: TokenStatsGPT
 
 
-def load_pretrained(path: str, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups) -> Pretrained:
-    """The model of a run folder or checkpoint, in evaluation mode and without gradients.
+def load_pretrained(
+    path: str, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups, parallel: ParallelConfig
+) -> Pretrained:
+    """This rank's part of the model of a run folder or checkpoint, in evaluation mode and without gradients.
+
+    Args:
+        path: the run folder or checkpoint.
+        runtime: where it is to compute.
+        layout: how the model is divided now, whatever it was trained under.
+        groups: of that layout.
+        parallel: the configuration of that layout.
 
     Raises:
         CheckpointError: there is no complete checkpoint, it is damaged, or its tokenizer cannot be found.
     """
     checkpoint = resolve_checkpoint(path)
-    config = read_config(checkpoint)
+    config = read_config(checkpoint).model_copy(update={"parallel": parallel})
     tokenizer = find_tokenizer(config, checkpoint)
     network = build_inference_network(config, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
     load_weights(checkpoint, network)

@@ -15,6 +15,8 @@ from megarpt.train.progress import ProgressLine, step_fields
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.state import TrainState
 
+Output = tuple[TokenBatch, ObjectiveOutput]
+
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
@@ -31,9 +33,22 @@ class Monitor:
         return self.perf.phase(name)
 
     def step(
-        self, report: StepReport, state: TrainState, tokens: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]]
+        self,
+        report: StepReport,
+        state: TrainState,
+        tokens: int,
+        work: Sequence[Output],
+        first: Callable[[], Output | None],
     ) -> None:
-        """After a step that fed `tokens` tokens; `work` holds this rank's micro-batches and what the objective said of them."""
+        """After a step that fed `tokens` tokens.
+
+        Args:
+            report: of the step.
+            state: after it.
+            tokens: over all ranks.
+            work: this rank's micro-batches and what the objective said of them; empty before the last pipeline stage.
+            first: gives the first of them to all stages; asked on every rank, when a sample is due.
+        """
         progress = state.progress
         self.perf.count_tokens(tokens)
         due = self.log.is_due(progress.step) or report.skipped
@@ -43,7 +58,9 @@ class Monitor:
         if report.skipped:
             self.dumper.dump(progress.step, work, report)
         elif self.log.wants_tokens(progress.step):
-            self.log.tokens(*work[0], self.decode, progress)
+            sample = first()
+            if sample is not None:
+                self.log.tokens(*sample, self.decode, progress)
 
     def evaluation(self, results: Mapping[str, EvaluationResult], progress: Progress) -> None:
         """After all held-out corpora were evaluated."""

@@ -113,7 +113,7 @@ class PerfMeter:
         self._phases: dict[Phase, float] = {}
 
 
-def flops_per_token(num_parameters: int, num_layers: int, attention_width: int, seq_length: int) -> float:
+def flops_per_token(num_parameters: float, num_layers: int, attention_width: int, seq_length: int) -> float:
     """Multiply-adds counted as two, forward plus backward, without recomputation.
 
     6 for each parameter that multiplies (embeddings that are only looked up left out), and causal attention, whose queries see

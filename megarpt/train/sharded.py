@@ -222,6 +222,7 @@ def _tensors(sharded: Any) -> list[ShardedTensor]:
 
 
 def _misfits(wanted: list[ShardedTensor], stored: Mapping[str, Any], same_vocabulary: bool) -> list[str]:
+    """What does not fit, on this rank. Collectives: one gather of names."""
     here = {t.key: tuple(t.global_shape) for t in wanted}
     there = {key: tuple(t.global_shape) for key, t in stored.items() if isinstance(t, ShardedTensor)}
     may_pad = {t.key for t in wanted if t.allow_shape_mismatch and same_vocabulary}
@@ -230,6 +231,7 @@ def _misfits(wanted: list[ShardedTensor], stored: Mapping[str, Any], same_vocabu
         return here[key] == there[key] or (key in may_pad and here[key][1:] == there[key][1:])
 
     missing = [f"{key}: missing in the checkpoint, expected shape {here[key]}" for key in sorted(set(here) - set(there))]
-    extra = [f"{key}: shape {there[key]} in the checkpoint, not in this run" for key in sorted(set(there) - set(here))]
+    everywhere = {key for each in gathered(list(here)) for key in each}  # pipeline stages hold different parameters
+    extra = [f"{key}: shape {there[key]} in the checkpoint, not in this run" for key in sorted(set(there) - everywhere)]
     other = [f"{key}: got shape {there[key]}, expected {here[key]}" for key in sorted(set(here) & set(there)) if not fits(key)]
     return missing + extra + other

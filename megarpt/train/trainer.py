@@ -82,7 +82,7 @@ class Trainer:
             report = self.step(micro_batches, self.state.progress)
         self.state = self.state.after_step(report, samples=self.step_samples, tokens_seen=self.step_tokens)
         self.run.record(self.state.progress)
-        self.monitor.step(report, self.state, self.step_tokens, self.step.outputs)
+        self.monitor.step(report, self.state, self.step_tokens, self.step.outputs, self.step.first_output)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
             raise NumericsError(
                 f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row (up to step "
@@ -104,6 +104,7 @@ class Trainer:
             logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
             return
         self.monitor.log.flush()
+        self.step.gather_parameters()
         with self.monitor.phase("save"):
             state = replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict())
             path = self._save(state)

@@ -60,8 +60,9 @@ def test_twenty_steps_equal_a_plain_loop(make_config, train, one_rank, cpu_runti
     ours = [line["train/loss_nats"] for line in train(cfg)]
     tokenizer = byte_tokenizer()
     torch.manual_seed(cfg.run.seed)
-    layout = ParallelLayout(1, 1)
-    weights = unwrap(build_model(cfg, layout, layout.initialize(cfg.run.seed), cpu_runtime, vocab_size=tokenizer.vocab_size))
+    layout = ParallelLayout()
+    groups = layout.initialize(cfg.run.seed)
+    weights = unwrap(build_model(cfg, layout, groups, cpu_runtime, vocab_size=tokenizer.vocab_size)[0])
     plain = PlainGPT(384, 2, 64, 4, 2, 96)
     plain.load_mcore({name: w.float() for name, w in weights.state_dict().items() if isinstance(w, torch.Tensor)})
     decayed, norms = ([p for p in plain.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
