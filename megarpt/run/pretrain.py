@@ -19,6 +19,7 @@ from megarpt.model.token_stats_gpt import count_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
@@ -106,7 +107,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 cfg,
                 TrainStep(model, objective, optimizer, scheduler, groups, seq_length=cfg.data.seq_length, annotate=reference),
                 batches,
-                state or TrainState(),
+                state or TrainState(progress=Progress(data_order=batches.data_order)),
                 evaluate=partial(
                     evaluate,
                     model,

@@ -80,7 +80,9 @@ class Trainer:
             with self.monitor.perf.data_wait():
                 micro_batches = self.batches.next_step()
             report = self.step(micro_batches, self.state.progress)
-        self.state = self.state.after_step(report, samples=self.step_samples, tokens_seen=self.step_tokens)
+        self.state = self.state.after_step(
+            report, samples=self.step_samples, tokens_seen=self.step_tokens, data_order=self.batches.data_order
+        )
         self.run.record(self.state.progress)
         self.monitor.step(report, self.state, self.step_tokens, self.step.outputs)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
