@@ -129,7 +129,8 @@ def test_online_reference_and_sidecar_select_the_same(
     for a, b in zip(train(offline), train(online), strict=True):
         a, b = comparable(a), comparable(b)
         assert a.keys() == b.keys()
-        for key in a.keys() - {"kind"}:
+        assert a["data/order"] == b["data/order"] != ""
+        for key in a.keys() - {"kind", "data/order"}:
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
     assert abs(a["select/kept_fraction"] - 0.6) < 0.01
 
