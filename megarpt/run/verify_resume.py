@@ -38,7 +38,7 @@ from megarpt.errors import EXIT_NOT_REPRODUCED, EXIT_OK, ConfigError, MegarptErr
 from megarpt.log import terminal
 from megarpt.train.checkpoint_files import MODEL, TRAINING, list_checkpoints, read_manifest, remove_checkpoint, step_name
 from megarpt.train.comparison import Comparison, Line, compare_lines, compare_objects, compare_tensors
-from megarpt.train.metrics_file import read_metrics
+from megarpt.train.metrics_file import DISCARDED, read_metrics
 from megarpt.train.progress import ProgressLine
 from megarpt.train.sharded import first_error, from_rank_0, gathered, tensor_names
 
@@ -135,6 +135,8 @@ class Verification:
     def compare(self) -> list[Comparison]:
         """What the straight and the resumed attempt left behind; on one rank."""
         one, other = (self.folder / name / "checkpoints" / step_name(self.steps) for name in ("straight", "resumed"))
+        for checkpoint in (one, other):
+            read_manifest(checkpoint)  # a run whose parameters are not finite saves nothing
         total = sum(len(tensor_names(one / part)) for part in (MODEL, TRAINING))
         straight = list(read_metrics(self._metrics("straight")))
         control = [line for line in self._before_the_kill if int(line["step"]) < self.steps]
@@ -148,11 +150,24 @@ class Verification:
 
             return [
                 compare_lines("metrics lines before the kill", straight[: len(control)], control),
+                self._start_of_the_resume(),
                 compare_lines("metrics lines", straight, list(read_metrics(self._metrics("resumed")))),
                 compare_tensors("parameters", one / MODEL, other / MODEL, advance),
                 compare_tensors("optimizer state", one / TRAINING, other / TRAINING, advance),
                 compare_objects("random states, schedule, data position, counters", one, other),
             ]
+
+    def _start_of_the_resume(self) -> Comparison:
+        """A resume that begins again from nothing ends equal too: where it began shows in the lines it threw away."""
+        discarded = self._metrics("resumed").with_name(DISCARDED)
+        steps = [int(line["step"]) for line in read_metrics(discarded)] if discarded.exists() else []
+        expected = f"expected those from step {self.middle + 1} on"
+        difference = None
+        if not steps:
+            difference = f"the resume threw away no steps, {expected}"
+        elif min(steps) != self.middle + 1:
+            difference = f"the resume threw away the steps from {min(steps)} on, {expected}"
+        return Comparison("steps thrown away by the resume", len(set(steps)), None, difference)
 
     def table(self, results: list[Comparison]) -> Table:
         """What was compared."""
@@ -215,7 +230,7 @@ class Verification:
             atomic_write_bytes(path, dump_resolved(cfg).encode())
         checkpoint = self.folder / "resumed" / "checkpoints" / step_name(self.middle)
         stop = self.folder / f"{name}.stop"  # how one watcher tells the others, on the file system that the ranks share
-        failure: tuple[str, int] | None = None
+        failure: tuple[float, str, int] | None = None
         is_killed = False
         with _processes(path, self._environments(from_rank_0(_free_port()))) as ranks:
             while not stop.exists() and any(process.poll() is None for process in ranks.values()):
@@ -223,6 +238,7 @@ class Verification:
                 failure = self._failure(ranks, path)
                 if failure is not None:
                     stop.touch()
+                    break
                 step, seconds = self._progress(Path(cfg.run.dir))
                 self.line.update(self._done + max(0, step - first), {"now": name})
                 if kill_from is not None and self._runtime.rank == 0 and step >= kill_from and checkpoint.exists():
@@ -235,20 +251,20 @@ class Verification:
         if from_rank_0(is_killed):
             return  # ranks whose peers were killed complain rightly
         if failures:
-            raise AttemptFailedError(*failures[0])
+            _, message, code = min(failures)  # the others may only have missed the first that failed
+            raise AttemptFailedError(message, code)
         if kill_from is not None:
             raise AttemptFailedError(f"the {name} attempt ended before it could be killed: use more --steps", 1)
 
-    def _failure(self, ranks: Mapping[int, subprocess.Popen[bytes]], config: Path) -> tuple[str, int] | None:
-        """Message and exit code of the first rank that ended badly."""
+    def _failure(self, ranks: Mapping[int, subprocess.Popen[bytes]], config: Path) -> tuple[float, str, int] | None:
+        """Time, message and exit code of a rank that ended badly."""
         for rank, process in ranks.items():
             code = process.poll()
             if code:
                 log = _log_path(config, rank)
                 tail = log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-                return f"the {config.stem} attempt ended with exit code {code} on rank {rank}; {log} ends with\n{tail}", max(
-                    code, 1
-                )
+                message = f"the {config.stem} attempt ended with exit code {code} on rank {rank}; {log} ends with\n{tail}"
+                return time.time(), message, max(code, 1)
         return None
 
     def _progress(self, run: Path) -> tuple[int, float]:

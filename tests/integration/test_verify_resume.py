@@ -66,7 +66,7 @@ def test_an_exact_resume_is_called_equal(
     assert verify(cfg, cpu_runtime, nproc_per_node=2) == EXIT_OK
     shown = capsys.readouterr().out
     assert "Equal to the last bit: 2 ranks, killed in step" in shown and "resumed from step 6, ended at step 12." in shown
-    assert shown.count("equal") == 5 and "DIFFERENT" not in shown
+    assert shown.count(" equal ") == 6 and "DIFFERENT" not in shown
     assert sorted(tmp_path.iterdir()) == before  # neither the user's run folder nor ours
 
 
@@ -194,6 +194,25 @@ def learning_rates(cfg: PretrainConfig, runtime: Runtime, groups: ProcessGroups)
         scheduler.step(increment=STEP_TOKENS)
         rates.append(optimizer.param_groups[0]["lr"])
     return rates
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (7, None),
+        (0, "the resume threw away the steps from 0 on, expected those from step 7 on"),
+        (None, "the resume threw away no steps, expected those from step 7 on"),
+    ],
+)
+def test_beginning_again_is_no_resume(
+    make_config: MakeConfig, cpu_runtime: Runtime, tmp_path: Path, first: int | None, message: str | None
+) -> None:
+    made = Verification(make_config(**SETTINGS), VerifyResumeOptions(steps=STEPS), cpu_runtime, tmp_path)
+    (tmp_path / "resumed").mkdir()
+    if first is not None:
+        lines = [json.dumps({"kind": "train", "step": step}) + "\n" for step in range(first, 10)]
+        (tmp_path / "resumed" / "metrics.discarded.jsonl").write_text("".join(lines))
+    assert made._start_of_the_resume().difference == message
 
 
 @pytest.mark.parametrize(
