@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions, VerifyResumeOptions
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -104,6 +104,17 @@ def _generate(args: argparse.Namespace) -> int | None:
         from megarpt.run import generate
 
         return generate.run(options, runtime)
+
+
+def _verify_resume(args: argparse.Namespace) -> int | None:
+    options = _options(VerifyResumeOptions, args)
+    launched = _place_in_world()[1]
+    cfg = load_config(args.config, args.overrides, world_size=launched if launched > 1 else options.nproc_per_node)
+    # This process only watches and compares; the device is for those it starts.
+    with _machine("cpu") as runtime:
+        from megarpt.run import verify_resume
+
+        return verify_resume.run(cfg, options, runtime)
 
 
 def _show_config(args: argparse.Namespace) -> int | None:
@@ -235,6 +246,15 @@ def _build_parser() -> argparse.ArgumentParser:
             "megarpt generate runs/rho1 --prompt 'The function returns' --max-new-tokens 40 --temperature 0.8",
         )
     )
+    _add_verify_resume(
+        command(
+            "verify-resume",
+            _verify_resume,
+            "train with and without a kill and a resume, and compare the two to the last bit",
+            "megarpt verify-resume examples/rho1/config.yaml --steps 20 --nproc-per-node 8\n"
+            "  torchrun --nnodes 2 --nproc-per-node 8 ... -m megarpt verify-resume examples/rho1/config.yaml",
+        )
+    )
     show = command(
         "show-config",
         _show_config,
@@ -263,6 +283,13 @@ def _add_config(parser: argparse.ArgumentParser, nargs: str | None) -> None:
         default=[],
         help="replaces a value of the file, read as YAML; list items go by index (data.train.0.weight=2); later ones win",
     )
+
+
+def _add_verify_resume(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, None)
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of each run; the resume is in the middle (default: 20)")
+    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="ranks to run on this machine (default: 1)")
+    parser.add_argument("--keep", action="store_true", help="keep the runs also when they are equal")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -316,3 +316,14 @@ class GenerateOptions(Section):
     """Continuations to write."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
+
+
+class VerifyResumeOptions(Section):
+    """`megarpt verify-resume`."""
+
+    steps: Annotated[int, Field(ge=4)] = 20
+    """Steps of each run; the resume is in the middle."""
+    nproc_per_node: Positive = 1
+    """Ranks to run on this machine; 1 under a launcher, which starts the command once per rank."""
+    keep: bool = False
+    """Keep the runs also when they are equal."""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megarpt.data.fingerprint import OrderFingerprint
 from megarpt.data.order import SampleOrder
 from megarpt.data.windows import PADDING_ID, WindowDataset
 from megarpt.errors import ConfigError, DataError
@@ -86,8 +87,8 @@ def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
 class TokenBatches:
     """The endless stream of training micro-batches of one data-parallel rank.
 
-    Steps are read ahead by one thread. What was read ahead is not part of the state: the state is the number of samples handed
-    out, and every sample follows from its number.
+    Steps are read ahead by one thread. What was read ahead is not part of the state: the state is the number of the next sample
+    to be handed out, and every sample follows from its number.
 
     Raises:
         ConfigError: global_batch_size is not a multiple of micro_batch_size times dp_size.
@@ -122,6 +123,8 @@ class TokenBatches:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._device = device
         self._order = SampleOrder([dataset.num_windows for dataset in self.datasets], weights, seed)
+        self._chain = OrderFingerprint(self._order, self._windows())
+        self._skipped: list[list[int]] = []
         self._steps_ahead = steps_ahead
         self._ahead: deque[Future[list[TokenBatch]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megarpt-data")
@@ -141,6 +144,7 @@ class TokenBatches:
             self._forget_ahead()
             raise
         self._ahead.popleft()
+        self._chain.advance(self.consumed_samples, self.global_batch_size)
         self.consumed_samples += self.global_batch_size
         return [to_device(batch, self._device) for batch in batches]
 
@@ -149,8 +153,20 @@ class TokenBatches:
         batches = self._reader.submit(self._read_step, first_sample).result()
         return [to_device(batch, self._device) for batch in batches]
 
+    def skip_to(self, sample: int) -> None:
+        """Go on with sample number `sample`; those before it that were not handed out never are."""
+        assert sample >= self.consumed_samples, f"sample {sample} lies behind the position {self.consumed_samples}"
+        if sample > self.consumed_samples:
+            self._forget_ahead()
+            self._skipped.append([self.consumed_samples, sample])
+            self.consumed_samples = sample
+
+    @property
+    def data_order(self) -> str:
+        """Fingerprint of all samples handed out since the start of the run; equal on every rank."""
+        return self._chain.value
+
     def _read_step(self, first: int) -> list[TokenBatch]:
-        # Only the reader thread comes here, so the order's cache needs no lock.
         refs = self._order.locate(first, self.global_batch_size)
         batches = []
         for number in range(self.num_microbatches):
@@ -176,15 +192,28 @@ class TokenBatches:
             ],
         }
 
+    def _windows(self) -> dict[str, Any]:
+        """What decides the text of each window."""
+        return {
+            "seq_length": self.seq_length,
+            "separate_documents": self.datasets[0].separate_documents,
+            "corpora": [dataset.manifest.bin_sha256 for dataset in self.datasets],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, as plain values; equal on every rank."""
-        return {"consumed_samples": self.consumed_samples, "fingerprint": self.fingerprint()}
+        return {
+            "consumed_samples": self.consumed_samples,
+            "skipped": [list(jump) for jump in self._skipped],  # [first, next] of every run of samples passed over
+            "order": self._chain.state_dict(self.consumed_samples),
+            "fingerprint": self.fingerprint(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, under any data-parallel size and any global batch size.
 
         Raises:
-            DataError: the run's data are not those of the checkpoint.
+            DataError: the run's data are not those of the checkpoint, or would come in another order.
         """
         difference = _first_difference(state["fingerprint"], self.fingerprint(), "data")
         if difference is not None:
@@ -193,7 +222,9 @@ class TokenBatches:
                 f"{where}: got {now!r}, expected {saved!r} as in the checkpoint; going on would repeat some text and skip "
                 "other text. Restore the data of the checkpoint, or begin a new run with model.init_from"
             )
+        self._chain.load_state_dict(state["order"])
         self._forget_ahead()
+        self._skipped = [list(jump) for jump in state["skipped"]]
         self.consumed_samples = int(state["consumed_samples"])
 
     def close(self) -> None:

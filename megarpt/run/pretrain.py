@@ -19,6 +19,7 @@ from megarpt.model.parameters import ParameterCount, total_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
 from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
@@ -107,7 +108,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 cfg,
                 step,
                 batches,
-                state or TrainState(),
+                state or TrainState(progress=Progress(data_order=batches.data_order)),
                 evaluate=partial(
                     evaluate,
                     chunks,

@@ -44,7 +44,7 @@ class Manifest:
     """What a checkpoint is of, and what its files must be."""
 
     step: int
-    progress: Mapping[str, int]
+    progress: Mapping[str, int | str]
     config_sha256: str
     tokenizer_sha256: str
     model: Mapping[str, Any]  # configuration key -> value, of all that decides the shape and the meaning of the weights

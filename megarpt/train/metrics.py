@@ -163,7 +163,7 @@ class MetricLog:
             self.text("samples/kept_tokens", decoded_sample(batch, output, decode), progress)
 
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
-        """Show a text in the dashboards; `metrics.jsonl` holds numbers only."""
+        """Show a text in the dashboards; it does not go into `metrics.jsonl`."""
         for sink in self._sinks:
             self._send(sink.text, tag, markdown, progress)
 

@@ -20,7 +20,7 @@ from megarpt.errors import DataError
 logger = logging.getLogger(__name__)
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_DISCARDED = "metrics.discarded.jsonl"
+DISCARDED = "metrics.discarded.jsonl"
 
 
 class MetricsFile:
@@ -96,10 +96,10 @@ def rewind_metrics(path: Path, step: int) -> set[str]:
                 kinds = _kinds_at(content, keep, step)
                 discarded = content[keep:]
             if discarded:
-                _keep_discarded(path.with_name(_DISCARDED), discarded)
+                _keep_discarded(path.with_name(DISCARDED), discarded)
                 file.truncate(keep)
                 os.fsync(file.fileno())
-                logger.info("moved %d bytes of metrics beyond step %d to %s", len(discarded), max(step, 0), _DISCARDED)
+                logger.info("moved %d bytes of metrics beyond step %d to %s", len(discarded), max(step, 0), DISCARDED)
     except OSError as error:
         raise cannot_write(path, error) from error
     return kinds

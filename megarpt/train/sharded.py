@@ -172,20 +172,42 @@ def content_hash(directory: Path, vocab_size: int) -> str:
 
     Cost: reads every tensor; memory of the largest.
     """
-    metadata = FileSystemReader(directory).read_metadata()
     digest = hashlib.sha256()
-    for key, stored in sorted(metadata.state_dict_metadata.items()):
-        if not isinstance(stored, TensorStorageMetadata):
-            continue
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
-            read_tensors({key: tensor}, storage_reader=FileSystemReader(directory), no_dist=True)
+    for key in tensor_names(directory):
+        tensor = read_tensor(directory, key)
         if key in _VOCABULARY_TENSORS:
             tensor = tensor[:vocab_size]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensor_names(directory: Path) -> list[str]:
+    """The tensors of a `model` or `training` folder, whatever the layout that wrote them."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return sorted(name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata))
+
+
+def read_tensor(directory: Path, name: str) -> torch.Tensor:
+    """One whole tensor in host memory. No collectives."""
+    stored: Any = FileSystemReader(directory).read_metadata().state_dict_metadata[name]
+    tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+    _read({name: tensor}, directory)
+    return tensor
+
+
+def read_objects(directory: Path) -> dict[str, Any]:
+    """All that a `model` or `training` folder holds besides tensors, of every rank and of all together. No collectives."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    objects: dict[str, Any] = {name: None for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)}
+    _read(objects, directory)
+    return {**objects, **dist_checkpointing.load_common_state_dict(str(directory))}
+
+
+def _read(wanted: dict[str, Any], directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
+        read_tensors(wanted, storage_reader=FileSystemReader(directory), no_dist=True)
 
 
 def first_error(problem: str | None) -> str | None:

@@ -24,19 +24,21 @@ class TrainState:
     restarts: int = 0  # how often the run was continued from a checkpoint
     selection: Mapping[str, Any] = field(default_factory=dict)  # what a selection rule carries from step to step
 
-    def after_step(self, report: StepReport, *, samples: int, tokens_seen: int) -> TrainState:
+    def after_step(self, report: StepReport, *, samples: int, tokens_seen: int, data_order: str = "") -> TrainState:
         """The state after one more step.
 
         Args:
             report: of the step.
             samples: sequences the step consumed over all ranks.
             tokens_seen: tokens it fed through the model over all ranks.
+            data_order: fingerprint of the data after the step.
         """
         progress = Progress(
             step=self.progress.step + 1,
             samples=self.progress.samples + samples,
             tokens_seen=self.progress.tokens_seen + tokens_seen,
             tokens_trained=self.progress.tokens_trained + (0 if report.skipped else report.num_tokens),
+            data_order=data_order,
         )
         return replace(
             self,

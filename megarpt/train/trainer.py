@@ -13,6 +13,7 @@ from megarpt.errors import NumericsError, StopRequested
 from megarpt.train.monitor import Monitor
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.rundir import RunDir
+from megarpt.train.sharded import from_rank_0
 from megarpt.train.signals import StopSignal
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
@@ -53,8 +54,11 @@ class Trainer:
             NumericsError: too many steps in a row were not finite; the checkpoints are those from before.
         """
         cfg, start = self.cfg, self.state.progress.step
-        self.saved_at = self.evaluated_at = start if start > 0 else None
-        if start == 0 and cfg.evaluation.at_start:
+        self.saved_at = start if start > 0 else None
+        # The attempt before may have ended after the checkpoint and before the evaluation of the same step.
+        if from_rank_0(self.monitor.log.has_evaluation(start)):
+            self.evaluated_at = start
+        elif _every(cfg.evaluation.interval_steps, start) if start > 0 else cfg.evaluation.at_start:
             self.evaluate()
         while self.state.progress.step < self.total_steps:
             if self.stop.agreed():
@@ -80,7 +84,9 @@ class Trainer:
             with self.monitor.perf.data_wait():
                 micro_batches = self.batches.next_step()
             report = self.step(micro_batches, self.state.progress)
-        self.state = self.state.after_step(report, samples=self.step_samples, tokens_seen=self.step_tokens)
+        self.state = self.state.after_step(
+            report, samples=self.step_samples, tokens_seen=self.step_tokens, data_order=self.batches.data_order
+        )
         self.run.record(self.state.progress)
         self.monitor.step(report, self.state, self.step_tokens, self.step.outputs, self.step.first_output)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:

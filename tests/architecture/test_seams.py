@@ -34,6 +34,7 @@ TORCH_CUDA = {
 ENVIRONMENT = {
     "megarpt/cli.py": "rank and world size, before torch is loaded",
     "megarpt/device/": "the local rank torchrun gives",
+    "megarpt/run/verify_resume.py": "plays torchrun for the ranks it watches",
     "megarpt/testing/distributed.py": "plays torchrun for the ranks of a test",
 }
 
