@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megarpt.data.fingerprint import OrderFingerprint
 from megarpt.data.order import SampleOrder
+from megarpt.data.sharing import StepShare
 from megarpt.data.windows import PADDING_ID, WindowDataset
 from megarpt.errors import ConfigError, DataError
 from megarpt.structs import TokenBatch
@@ -105,8 +107,23 @@ class TokenBatches:
         dp_rank: int,
         dp_size: int,
         device: torch.device,
+        share_over: ProcessGroup | None = None,
         steps_ahead: int = 2,
     ) -> None:
+        """Micro-batches of data-parallel rank `dp_rank` of `dp_size`.
+
+        Args:
+            datasets: the corpora of the blend.
+            weights: their relative shares.
+            seed: of the order.
+            global_batch_size: samples of a step over all ranks.
+            micro_batch_size: samples of a micro-batch.
+            dp_rank: this rank's place.
+            dp_size: ranks that read other samples.
+            device: where the micro-batches are wanted.
+            share_over: ranks that need the same samples, of which the first reads; all must ask for the same steps.
+            steps_ahead: how many steps the thread reads before they are asked for.
+        """
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
                 f"batch.global_batch_size: got {global_batch_size}, expected a multiple of batch.micro_batch_size "
@@ -122,6 +139,10 @@ class TokenBatches:
         self._seed = seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._device = device
+        self._share: StepShare | None = None
+        if share_over is not None and share_over.size() > 1:
+            shape = (self.num_microbatches, micro_batch_size, self.seq_length)
+            self._share = StepShare(share_over, shape, sorted(self.datasets[0].streams), device)
         self._order = SampleOrder([dataset.num_windows for dataset in self.datasets], weights, seed)
         self._chain = OrderFingerprint(self._order, self._windows())
         self._skipped: list[list[int]] = []
@@ -135,6 +156,12 @@ class TokenBatches:
         Raises:
             DataError: a corpus or a sidecar turned out to be damaged; the position stays where it was.
         """
+        batches = self._read_ahead() if self._share is None else self._share(self._read_ahead)
+        self._chain.advance(self.consumed_samples, self.global_batch_size)
+        self.consumed_samples += self.global_batch_size
+        return batches
+
+    def _read_ahead(self) -> list[TokenBatch]:
         while len(self._ahead) < max(1, self._steps_ahead):
             first = self.consumed_samples + len(self._ahead) * self.global_batch_size
             self._ahead.append(self._reader.submit(self._read_step, first))
@@ -144,8 +171,6 @@ class TokenBatches:
             self._forget_ahead()
             raise
         self._ahead.popleft()
-        self._chain.advance(self.consumed_samples, self.global_batch_size)
-        self.consumed_samples += self.global_batch_size
         return [to_device(batch, self._device) for batch in batches]
 
     def step_at(self, first_sample: int) -> list[TokenBatch]:

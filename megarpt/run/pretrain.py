@@ -66,7 +66,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
             device=runtime.device,
-            streams=() if reference or not groups.is_last_stage else objective.streams,
+            streams=() if reference else objective.streams,
+            share_over=groups.tp,
         )
         eval_sets = build_eval_sets(cfg, tokenizer)
         checkpoints = CheckpointManager(
