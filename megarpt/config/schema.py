@@ -198,6 +198,8 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints are kept."""
     keep_every_steps: NonNegative = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on; false writes it while training waits."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run folder when there is one."""
 

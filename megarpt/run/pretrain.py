@@ -71,13 +71,13 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         checkpoints = CheckpointManager(
             folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
         )
-        state = checkpoints.load_latest(model, optimizer, scheduler)
+        state = checkpoints.load_latest([model], optimizer, scheduler)
         if state is not None:
             folder.record(state.progress, checkpoints.newest)
             batches.load_state_dict(state.data)
             objective.load_state_dict(state.selection)
         elif cfg.model.init_from is not None:
-            load_weights(cfg.model.init_from, model, tokenizer_sha256=tokenizer.sha256)
+            load_weights(cfg.model.init_from, [model], tokenizer_sha256=tokenizer.sha256)
             optimizer.reload_model_params()
         if is_writer:
             keep_tokenizer(folder.path, cfg.data.tokenizer)
@@ -92,6 +92,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             f"resuming at step {resume.step}" if resume else "starting",
         )
         with (
+            checkpoints,
             batches,
             MetricLog.open(folder, cfg, resume=resume) as log,
             ProgressLine(
@@ -116,7 +117,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                     micro_batch_size=cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size,
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
-                save=partial(checkpoints.save, model=model, optimizer=optimizer, scheduler=scheduler),
+                save=partial(checkpoints.save, model=[model], optimizer=optimizer, scheduler=scheduler),
+                checkpoints=checkpoints,
                 monitor=Monitor(
                     log,
                     line,

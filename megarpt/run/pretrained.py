@@ -37,7 +37,7 @@ def load_pretrained(path: str, runtime: Runtime, layout: ParallelLayout, groups:
     config = read_config(checkpoint)
     tokenizer = find_tokenizer(config, checkpoint)
     network = build_inference_network(config, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
-    load_weights(checkpoint, network)
+    load_weights(checkpoint, [network])
     network.eval().requires_grad_(False)
     return Pretrained(checkpoint, config, tokenizer, network)
 

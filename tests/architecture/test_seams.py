@@ -22,7 +22,8 @@ MEGATRON_SEAMS = {
     "megarpt/parallel/layout.py": "its parallel state",
     "megarpt/train/checkpoint.py": "state of its optimizer, schedule and random generators",
     "megarpt/train/optimizer.py": "its optimizer and schedule",
-    "megarpt/train/sharded.py": "its dist_checkpointing",
+    "megarpt/train/sharded.py": "its dist_checkpointing, reading",
+    "megarpt/train/sharded_save.py": "its dist_checkpointing, writing",
     "megarpt/train/step.py": "its schedules and gradient finalization",
 }
 

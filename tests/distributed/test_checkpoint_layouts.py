@@ -68,7 +68,7 @@ def train(folder: str, parallel: dict[str, Any], until: int, save_at: int, setti
     reports = []
     try:
         manager = CheckpointManager(Path(folder), cfg, tokenizer_sha256="ab", runtime=started, groups=groups)
-        state = manager.load_latest(model, optimizer, scheduler) or TrainState()
+        state = manager.load_latest([model], optimizer, scheduler) or TrainState()
         share = SAMPLES // groups.dp_size
         while state.progress.step < until:
             rows = slice(groups.dp_rank * share, (groups.dp_rank + 1) * share)
@@ -77,7 +77,9 @@ def train(folder: str, parallel: dict[str, Any], until: int, save_at: int, setti
             if state.progress.step == save_at:
                 if settings.get("refuse_rank") == started.rank:
                     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-                manager.save(state, model, optimizer, scheduler)
+                manager.save(state, [model], optimizer, scheduler)
+            manager.poll()
+        manager.finish()
     except CheckpointError as error:
         return [str(error)]
     return reports
@@ -143,9 +145,10 @@ def resave(source: str, target: str) -> None:
     managers = [
         CheckpointManager(Path(path), cfg, tokenizer_sha256="ab", runtime=started, groups=groups) for path in (source, target)
     ]
-    state = managers[0].load_latest(model, optimizer, scheduler)
+    state = managers[0].load_latest([model], optimizer, scheduler)
     assert state is not None
-    managers[1].save(state, model, optimizer, scheduler)
+    managers[1].save(state, [model], optimizer, scheduler)
+    managers[1].finish()
 
 
 def test_damage_is_seen_by_all_ranks(tmp_path: Path) -> None:

@@ -58,10 +58,17 @@ class Run:
         return reports
 
     def save(self) -> Path:
-        return self.checkpoints.save(self.state, self.model, self.optimizer, self.scheduler)
+        """A complete checkpoint."""
+        self.begin_save()
+        self.checkpoints.finish()
+        assert self.checkpoints.newest is not None
+        return self.checkpoints.newest
+
+    def begin_save(self) -> None:
+        self.checkpoints.save(self.state, [self.model], self.optimizer, self.scheduler)
 
     def load(self) -> TrainState | None:
-        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.scheduler)
+        loaded = self.checkpoints.load_latest([self.model], self.optimizer, self.scheduler)
         self.state = loaded or self.state
         return loaded
 
@@ -219,7 +226,7 @@ def test_nothing_is_deleted_before_the_new_one_is_complete(make_run: MakeRun, mo
         seen.append([files.read_manifest(path).step for path in files.list_checkpoints(directory)])
         return files.surplus(directory, **options)
 
-    monkeypatch.setattr("megarpt.train.checkpoint.surplus", watched)
+    monkeypatch.setattr("megarpt.train.checkpoint_job.surplus", watched)
     run.train(1)
     run.save()
     assert seen == [[1, 0]]
@@ -393,11 +400,11 @@ def test_weights_are_checked_before_they_are_read(make_run: MakeRun) -> None:
     path = run.save()
     flip_a_bit(path / "training/__0_0.distcp")
     other = make_run()
-    load_weights(path, other.model)  # the optimizer's files do not matter here
+    load_weights(path, [other.model])  # the optimizer's files do not matter here
     before = make_run(seed=77)
     untouched = before.weights()
     flip_a_bit(path / "model/__0_0.distcp")
-    for action in (lambda: load_weights(path, before.model), lambda: checkpoint_hash(path)):
+    for action in (lambda: load_weights(path, [before.model]), lambda: checkpoint_hash(path)):
         with pytest.raises(CheckpointError, match=r"model/__0_0.distcp: got sha256 .* expected .*; use another checkpoint"):
             action()
     assert_same(untouched, before.weights())
@@ -445,7 +452,7 @@ def test_a_misfit_names_parameter_shapes_and_key(
     path = make_run().save()
     other = make_run(vocab=vocab, **overrides)
     untouched = other.weights()
-    for action in (other.load, lambda: load_weights(path, other.model)):
+    for action in (other.load, lambda: load_weights(path, [other.model])):
         with pytest.raises(CheckpointError) as caught:
             action()
         for message in messages:
@@ -456,7 +463,7 @@ def test_a_misfit_names_parameter_shapes_and_key(
 def test_a_parameter_only_the_checkpoint_has_is_a_misfit(make_run: MakeRun) -> None:
     path = make_run(**{"model.mcore": {**SMALL, "add_qkv_bias": True}}).save()
     with pytest.raises(CheckpointError, match=r"linear_qkv.bias: shape \(2, 64\) in the checkpoint, not in this run"):
-        load_weights(path, make_run().model)
+        load_weights(path, [make_run().model])
 
 
 def test_another_meaning_of_the_same_shapes_is_refused_or_shown(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
@@ -465,14 +472,14 @@ def test_another_meaning_of_the_same_shapes_is_refused_or_shown(make_run: MakeRu
     with pytest.raises(CheckpointError, match=r"model\.mcore\.activation: 'silu' in the checkpoint, 'gelu' in this run"):
         other.load()
     with caplog.at_level(logging.WARNING):
-        load_weights(path, other.model)
+        load_weights(path, [other.model])
     assert "model.mcore.activation" in caplog.text
 
 
 def test_another_tokenizer_is_refused(make_run: MakeRun) -> None:
     path = make_run().save()
     other = make_run(tokenizer="cd" * 32)
-    for action in (other.load, lambda: load_weights(path, other.model, tokenizer_sha256="cd" * 32)):
+    for action in (other.load, lambda: load_weights(path, [other.model], tokenizer_sha256="cd" * 32)):
         with pytest.raises(CheckpointError, match=r"data.tokenizer: 'abab\S+ in the checkpoint, 'cdcd"):
             action()
 
@@ -549,7 +556,7 @@ def test_weights_load_across_precisions(make_run: MakeRun) -> None:
     source.train(1)
     path = source.save()
     target = make_run(**{"train.precision": "bf16"})
-    load_weights(path, target.model)
+    load_weights(path, [target.model])
     target.optimizer.reload_model_params()
     assert_same({name: p.bfloat16() for name, p in source.weights().items()}, target.weights())
 
