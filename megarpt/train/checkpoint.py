@@ -1,8 +1,8 @@
 """Save, resume, and read weights.
 
-A save freezes what is to be written, by a copy in host memory, and lets training go on. Threads of all ranks write into a folder
-of another name; when all have, the writer's thread adds the manifest, and a rename makes the folder a checkpoint: a process
-killed at any moment leaves the checkpoint before it untouched. A load checks every byte first, then every shape, and only then
+A save freezes what is to be written, by a copy in host memory, and lets training go on. A thread of each rank writes into a
+folder of another name; when all have, one adds the manifest, and a rename makes the folder a checkpoint: a process killed at
+any moment leaves the checkpoint before it untouched. A load checks every byte first, then every shape, and only then
 overwrites anything. What lies in the folder is described in `checkpoint_files`.
 """
 
@@ -12,7 +12,6 @@ import importlib.metadata
 import logging
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -20,58 +19,37 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megarpt
 from megarpt.config.load import config_hash, dump_resolved
 from megarpt.config.schema import PretrainConfig
-from megarpt.corpus.atomic import atomic_write_bytes
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, DataError
 from megarpt.model.build import unwrap
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress
 from megarpt.train.background import at_once, in_background
-from megarpt.train.checkpoint_files import (
-    LATEST,
-    MODEL,
-    TRAINING,
-    Manifest,
-    check_files,
-    list_checkpoints,
-    list_damaged,
-    read_manifest,
-    remove_leftovers,
-    set_aside,
-    step_name,
-)
+from megarpt.train.checkpoint_choice import newest_whole
+from megarpt.train.checkpoint_files import Manifest, read_manifest, remove_leftovers, set_aside, step_name
 from megarpt.train.checkpoint_job import SaveJob
+from megarpt.train.checkpoint_state import RunShards, has_state
 from megarpt.train.environment import git_state
-from megarpt.train.sharded import (
-    OPTIMIZER_METADATA,
-    first_error,
-    from_rank_0,
-    gathered,
-    gathered_on_rank_0,
-    load_sharded,
-)
-from megarpt.train.sharded_save import Distribution, Part
-from megarpt.train.staging import HostBuffer, available_host_bytes, room_for
+from megarpt.train.preflight import Room, disk_shortage, memory_shortage
+from megarpt.train.sharded import gathered, gathered_on_rank_0, on_rank_0
+from megarpt.train.sharded_save import Part
+from megarpt.train.staging import HostBuffer, room_for
 from megarpt.train.state import TrainState
-from megarpt.train.weights import describe_model, load_model, sharded_weights, weight_differences
+from megarpt.train.weights import describe_model, load_model, weight_differences
 
 logger = logging.getLogger(__name__)
-
-_MARGIN_BYTES = 16 << 20  # metadata, common state and manifest
-_MEMORY_MARGIN_BYTES = 256 << 20  # what else a host must be able to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +91,6 @@ class _Facts(NamedTuple):
     token: int  # of the writer: names the attempt
 
 
-class _Need(NamedTuple):
-    """Room that a rank's share of a checkpoint takes, and room there is; bytes."""
-
-    disk: int
-    memory: int  # still to be taken from the host
-    host: str
-    free_memory: int
-    free_disk: int  # known to the writer
-
-
 class CheckpointManager:
     """The checkpoints of one run. Every rank makes one and calls its methods together.
 
@@ -144,8 +112,9 @@ class CheckpointManager:
         self._cfg, self._tokenizer_sha256 = cfg, tokenizer_sha256
         self._runtime, self._groups = runtime, groups
         self._config, self._config_sha256 = dump_resolved(cfg), config_hash(cfg)
-        self._distributions: dict[tuple[str, bool], Distribution] = {}
+        self._shards = RunShards(runtime, groups)
         self._buffer = HostBuffer(runtime)
+        self._given_up = Event()
         self._pending: _Pending | None = None
         self._saved: list[SavedCheckpoint] = []
         self._is_writer = runtime.rank == 0
@@ -155,7 +124,7 @@ class CheckpointManager:
             **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
         }
         try:
-            self._together(self._take_over)
+            on_rank_0(self._take_over)
         except (OSError, DataError) as error:
             raise CheckpointError(
                 f"{directory} cannot be prepared for checkpoints: {error}; fix the permissions or choose another run.dir"
@@ -179,12 +148,12 @@ class CheckpointManager:
         started = time.perf_counter()
         self._finish()
         final = self.directory / step_name(state.progress.step)
-        facts = gathered(_Facts(_has_state(optimizer), self._is_writer and self._is_saved(final), secrets.randbits(32)))
+        facts = gathered(_Facts(has_state(optimizer), self._is_writer and self._is_saved(final), secrets.randbits(32)))
         if facts[0].is_saved:
             self.newest = final
             return
         has_optimizer_state = any(each.has_optimizer_state for each in facts)
-        parts = self._parts(state, model, optimizer, scheduler, has_optimizer_state)
+        parts = self._shards.parts(state, model, optimizer, scheduler, has_optimizer_state=has_optimizer_state)
         has_memory = self._preflight(final, parts)
         is_staged = self._cfg.checkpoint.async_save and has_memory
         self._freeze(parts, is_staged)
@@ -196,6 +165,7 @@ class CheckpointManager:
             config=self._config,
             parts=parts,
             rank=self._runtime.rank,
+            given_up=self._given_up,
         )
         self._pending = _Pending(job, state.progress, started, _start(job.write, is_staged), is_staged)
         if not is_staged:
@@ -225,7 +195,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Give up what is under way on this rank, without asking the others: the run has ended with an error."""
         if self._pending is not None:
-            self._pending.job.is_given_up.set()
+            self._given_up.set()
             wait([self._pending.work])
             self._pending = None
 
@@ -249,15 +219,21 @@ class CheckpointManager:
         started = time.perf_counter()
         self._finish()
         self._reserve(model)
-        checkpoint, manifest = self._choose()
-        if checkpoint is None or manifest is None:
+        chosen = newest_whole(self.directory)
+        if chosen is None:
             return None
+        checkpoint, manifest = chosen
+        if not manifest.has_training_state:
+            raise CheckpointError(
+                f"{checkpoint} holds weights only, expected optimizer and data position too; to begin a run from these "
+                "weights, move them out of the run folder and name them in model.init_from"
+            )
         differences = weight_differences(manifest, unwrap(model[0]), self._tokenizer_sha256)
         load_model(checkpoint, model, differences)
         if differences:
             lines = "".join(f"\n  {key}: {text}" for key, text in differences.items())
             raise CheckpointError(f"{checkpoint} was made by another model:{lines}\nuse the configuration of the checkpoint")
-        state = self._load_training(checkpoint, manifest, model, optimizer, scheduler, differences)
+        state = self._shards.load(checkpoint, manifest, model, optimizer, scheduler, differences)
         self.newest = checkpoint
         logger.info(
             "continuing from %s: %.1f MB checked and read in %.2f s",
@@ -266,124 +242,6 @@ class CheckpointManager:
             time.perf_counter() - started,
         )
         return replace(state, restarts=state.restarts + 1)
-
-    def _parts(
-        self,
-        state: TrainState,
-        model: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        has_optimizer_state: bool,
-    ) -> dict[str, Part]:
-        """Folder name -> this rank's share. Weights lie apart, so that who needs only them reads and checks only them."""
-        weights = sharded_weights(model)
-        training: dict[str, Any] = {
-            "state": state.to_dict(),
-            "scheduler": scheduler.state_dict(),
-            "rng": self._sharded_rng(),
-            "content_metadata": dict(OPTIMIZER_METADATA),
-        }
-        if has_optimizer_state:
-            training["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(OPTIMIZER_METADATA))
-        parts = {}
-        for name, sharded in ((MODEL, weights), (TRAINING, training)):
-            structure = (name, has_optimizer_state)
-            if structure not in self._distributions:
-                self._distributions[structure] = Distribution(self._groups.dp)
-            parts[name] = self._distributions[structure].part(sharded)
-        return parts
-
-    def _sharded_rng(self) -> ShardedObject:
-        tracker = tensor_parallel.get_cuda_rng_tracker()
-        states = {"torch": self._runtime.rng_state(), "tracker": tracker.get_states()}
-        return ShardedObject("rng", states, (self._runtime.world_size,), (self._runtime.rank,), replica_id=0)
-
-    def _load_training(
-        self,
-        checkpoint: Path,
-        manifest: Manifest,
-        model: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        differences: Mapping[str, str],
-    ) -> TrainState:
-        wanted: dict[str, Any] = {}
-        same_layout = dict(manifest.layout) == self._layout()
-        if same_layout:
-            wanted["rng"] = self._sharded_rng()
-        if manifest.has_optimizer_state:
-            weights = sharded_weights(model)
-            metadata = dict(OPTIMIZER_METADATA)
-            wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
-        loaded = load_sharded(
-            wanted, checkpoint / TRAINING, what="optimizer.mcore", differences=differences, same_vocabulary=True
-        )
-        if manifest.has_optimizer_state:
-            optimizer.load_state_dict(loaded["optimizer"])
-        else:
-            optimizer.reload_model_params()  # no step was made: the masters are the weights
-        scheduler.num_steps = 0
-        scheduler.load_state_dict(loaded["scheduler"])
-        if same_layout:
-            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-            self._runtime.set_rng_state(loaded["rng"]["torch"])
-        else:
-            logger.warning(
-                "%s was written under the layout %s, this run has %s: random states start from run.seed",
-                checkpoint,
-                dict(manifest.layout),
-                self._layout(),
-            )
-        return TrainState.from_dict(loaded["state"])
-
-    def _choose(self) -> tuple[Path | None, Manifest | None]:
-        """The newest whole checkpoint; damaged ones that are newer are set aside."""
-        damaged: dict[Path, list[str]] = {}
-        for checkpoint in from_rank_0(list_checkpoints(self.directory)):
-            manifest, problems = self._check(checkpoint)
-            if not problems:
-                break
-            damaged[checkpoint] = problems
-        else:
-            self._refuse(damaged)
-            return None, None
-        self._together(lambda: self._set_aside(damaged, checkpoint))
-        return checkpoint, manifest
-
-    def _refuse(self, damaged: Mapping[Path, list[str]]) -> None:
-        """Never begin again in silence where a run has been."""
-        if damaged:
-            lines = "".join(f"\n  {problem}" for problems in damaged.values() for problem in problems)
-            raise CheckpointError(
-                f"{self.directory}: none of the {len(damaged)} checkpoints is whole:{lines}\n"
-                "restore one from a copy, or move the folder away to begin again"
-            )
-        aside = from_rank_0(list_damaged(self.directory))
-        if aside:
-            raise CheckpointError(
-                f"{self.directory} holds only checkpoints that were set aside as damaged ({', '.join(p.name for p in aside)}), "
-                "expected a whole one; restore one from a copy, or move the folder away to begin again"
-            )
-
-    def _check(self, checkpoint: Path) -> tuple[Manifest | None, list[str]]:
-        """The manifest and what is wrong, equal on every rank; ranks share the files."""
-        manifest: Manifest | None = None
-        try:
-            manifest = read_manifest(checkpoint)
-            names = sorted(manifest.files)[self._runtime.rank :: self._runtime.world_size]
-            problems = check_files(checkpoint, manifest, names)
-        except CheckpointError as error:
-            problems = [str(error)]
-        everyone = gathered(problems)
-        return manifest, list(dict.fromkeys(problem for each in everyone for problem in each))
-
-    def _set_aside(self, damaged: Mapping[Path, list[str]], chosen: Path) -> None:
-        for checkpoint, problems in damaged.items():
-            lines = "".join(f"\n  {problem}" for problem in problems)
-            logger.warning("%s is damaged and set aside as %s:%s", checkpoint, set_aside(checkpoint).name, lines)
-        if damaged:
-            logger.warning("going back to %s", chosen)
-        atomic_write_bytes(self.directory / LATEST, f"{chosen.name}\n".encode())
 
     def _take_over(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -408,14 +266,11 @@ class CheckpointManager:
             tokenizer_sha256=self._tokenizer_sha256,
             model=describe_model(unwrap(model[0])),
             has_optimizer_state=has_optimizer_state,
-            layout=self._layout(),
+            layout=self._shards.layout(),
             versions=self._versions,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files={},
         )
-
-    def _layout(self) -> dict[str, int]:
-        return {"world": self._runtime.world_size, "tp": self._groups.tp.size(), "dp": self._groups.dp_size}
 
     def _preflight(self, final: Path, parts: Mapping[str, Part]) -> bool:
         """Whether the hosts have memory for the copies; asked before anything is touched.
@@ -424,14 +279,14 @@ class CheckpointManager:
             CheckpointError: the disk has not enough space.
         """
         sizes = [size for part in parts.values() for size in part.sizes]
-        everyone = gathered(self._need(sum(sizes), room_for(sizes)))
-        needed, free = sum(each.disk for each in everyone) + _MARGIN_BYTES, everyone[0].free_disk
-        if free < needed:
+        everyone = self._look_around(disk=sum(sizes), memory=room_for(sizes))
+        shortage = disk_shortage(everyone)
+        if shortage:
             raise CheckpointError(
-                f"{final}: the checkpoint needs {needed} bytes and {free} bytes are free; "
-                f"free space, or lower checkpoint.keep_last, and run the same command again. {self._former()}"
+                f"{final}: {shortage}; free space, or lower checkpoint.keep_last, and run the same command again. "
+                f"{self._former()}"
             )
-        return _has_memory(everyone)
+        return self._has_memory(everyone)
 
     def _reserve(self, model: Sequence[torch.nn.Module]) -> None:
         """Touch the memory of the first copy before it is needed, as far as its size follows from the parameters."""
@@ -441,17 +296,23 @@ class CheckpointManager:
         # Two moments in fp32, and an fp32 master of every parameter of another precision. Replicas share the work unevenly.
         total = sum(p.nbytes + p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
         expected = int(1.1 * total) // self._groups.dp_size
-        if _has_memory(gathered(self._need(0, expected))):
+        if self._has_memory(self._look_around(disk=0, memory=expected)):
             self._buffer.reserve(expected)
 
-    def _need(self, disk: int, memory: int) -> _Need:
-        return _Need(
-            disk=disk,
-            memory=max(memory - self._buffer.num_bytes, 0) if self._cfg.checkpoint.async_save else 0,
-            host=socket.gethostname(),
-            free_memory=available_host_bytes(),
-            free_disk=shutil.disk_usage(self.directory).free if self._is_writer else 0,
-        )
+    def _look_around(self, *, disk: int, memory: int) -> list[Room]:
+        """What all ranks need and see."""
+        missing = max(memory - self._buffer.num_bytes, 0) if self._cfg.checkpoint.async_save else 0
+        return gathered(Room.of(self.directory, disk=disk, memory=missing))
+
+    def _has_memory(self, everyone: Sequence[Room]) -> bool:
+        shortage = memory_shortage(everyone)
+        if shortage:
+            logger.warning(
+                "no room for a copy of the training state (%s): training waits while a checkpoint is written, as with "
+                "checkpoint.async_save=false; free memory, or spread the run over more hosts",
+                shortage,
+            )
+        return shortage is None
 
     def _freeze(self, parts: Mapping[str, Part], is_staged: bool) -> None:
         """From here on nothing that is written changes; unstaged parts are written before training goes on."""
@@ -459,7 +320,7 @@ class CheckpointManager:
             self._buffer.reserve(room_for(size for part in parts.values() for size in part.sizes))
             self._buffer.clear()
         for part in parts.values():
-            part.freeze(self._buffer.copy if is_staged else None)
+            part.freeze(self._buffer.copy if is_staged else None, self._given_up.is_set)
         self._runtime.synchronize()
 
     def _finish(self) -> None:
@@ -473,17 +334,17 @@ class CheckpointManager:
         outcome = self._agree(pending.work)
         if outcome is _Outcome.FAILED:
             self._pending = None
-            self._give_up(pending)
-        is_complete = outcome is _Outcome.DONE and pending.is_written
+            raise self._failure(pending)
         if outcome is _Outcome.DONE and not pending.is_written:
             pending.is_written = True
             everyone = gathered_on_rank_0(pending.work.result())
             if everyone is not None:
                 job, options = pending.job, self._cfg.checkpoint
                 pending.work = _start(lambda: job.complete(everyone, options), pending.is_staged)
-        pending.stall_s += time.perf_counter() - began
-        if is_complete:
+        elif outcome is _Outcome.DONE:
             self._pending = None
+        pending.stall_s += time.perf_counter() - began
+        if self._pending is None:
             self._complete(pending)
 
     def _complete(self, pending: _Pending) -> None:
@@ -497,9 +358,8 @@ class CheckpointManager:
 
     def _agree(self, work: Future[Any]) -> _Outcome:
         """The outcome of the slowest rank; of any that failed. Collectives: one all-reduce of a number over the world."""
-        if not work.done():
-            own = _Outcome.BUSY
-        else:
+        own = _Outcome.BUSY
+        if work.done():
             own = _Outcome.DONE if work.exception() is None else _Outcome.FAILED
         if self._runtime.world_size == 1:
             return own
@@ -507,62 +367,27 @@ class CheckpointManager:
         dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
         return _Outcome(int(lowest))
 
-    def _give_up(self, pending: _Pending) -> None:
-        pending.job.is_given_up.set()
-        wait([pending.work])
+    def _failure(self, pending: _Pending) -> BaseException:
+        """What ended a save, the same on all ranks unless it was a mistake of the program; nothing of the save is left."""
+        wait([pending.work])  # this rank may still be writing
         error = pending.work.exception()
-        everyone = gathered(None if error is None else f"{error}" if isinstance(error, OSError | DataError) else repr(error))
+        is_expected = isinstance(error, OSError | DataError)
+        everyone = gathered(None if error is None else str(error) if is_expected else repr(error))
         if self._is_writer:
             shutil.rmtree(pending.job.temporary, ignore_errors=True)
-        if error is not None and not isinstance(error, OSError | DataError):
-            raise error
+        if error is not None and not is_expected:
+            return error
         texts = [text if len(everyone) == 1 else f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
-        free = shutil.disk_usage(self.directory).free
-        raise CheckpointError(
-            f"{pending.job.final} cannot be written: {'; '.join(texts)} ({free} bytes are free); free space or fix the "
-            f"permissions, then run the same command again. {self._former()}"
-        ) from error
+        failure = CheckpointError(
+            f"{pending.job.final} cannot be written: {'; '.join(texts)} ({shutil.disk_usage(self.directory).free} bytes are "
+            f"free); free space or fix the permissions, then run the same command again. {self._former()}"
+        )
+        failure.__cause__ = error
+        return failure
 
     def _former(self) -> str:
         return f"{self.newest} is intact" if self.newest else "There was no checkpoint before it"
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Do something to the folder on the writer; when it fails, fail everywhere."""
-        problem: OSError | DataError | None = None
-        if self._is_writer:
-            try:
-                action()
-            except (OSError, DataError) as error:
-                problem = error
-        text = first_error(None if problem is None else str(problem))
-        if problem is not None:
-            raise problem
-        if text is not None:
-            raise OSError(text)
-
 
 def _start(work: Callable[[], Any], in_the_background: bool) -> Future[Any]:
     return in_background("checkpoint", work) if in_the_background else at_once(work)
-
-
-def _has_state(optimizer: MegatronOptimizer) -> bool:
-    """Whether a step was made. A rank without parameters has no state whatever was done: ask all ranks."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(part.optimizer is not None and len(part.optimizer.state) > 0 for part in parts)
-
-
-def _has_memory(everyone: Sequence[_Need]) -> bool:
-    """Whether all hosts have room for the copies of their ranks; says so where not."""
-    short = []
-    for host in dict.fromkeys(each.host for each in everyone):
-        ranks = [each for each in everyone if each.host == host]
-        needed, free = sum(each.memory for each in ranks), min(each.free_memory for each in ranks)
-        if needed and needed + _MEMORY_MARGIN_BYTES > free:
-            short.append(f"{host}: {len(ranks)} ranks need {needed} bytes more and {free} bytes are free")
-    if short:
-        logger.warning(
-            "no host memory for copies of the training state (%s): training waits while a checkpoint is written, as with "
-            "checkpoint.async_save=false; free memory, or spread the run over more hosts",
-            "; ".join(short),
-        )
-    return not short

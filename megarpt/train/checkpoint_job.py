@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -35,7 +35,7 @@ class SaveJob:
     config: str
     parts: Mapping[str, Part]  # folder name -> this rank's share
     rank: int
-    is_given_up: Event = field(default_factory=Event)
+    given_up: Event
 
     def write(self) -> RankFiles:
         """Write and hash what is this rank's.
@@ -46,7 +46,7 @@ class SaveJob:
         written = {}
         for name, part in self.parts.items():
             (self.temporary / name).mkdir(parents=True, exist_ok=True)
-            written[name] = part.write(self.temporary / name, rank=self.rank, is_given_up=self.is_given_up.is_set)
+            written[name] = part.write(self.temporary / name, self.rank)
         own = [path for name in self.parts for path in (self.temporary / name).glob(f"__{self.rank}_*")]
         return RankFiles(written, self._describe(own))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
-from megarpt.errors import CheckpointError
+from megarpt.errors import CheckpointError, DataError
 
 # How the optimizer shards its state: the one form that loads under every layout.
 OPTIMIZER_METADATA: Mapping[str, Any] = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -105,6 +105,25 @@ def first_error(problem: str | None) -> str | None:
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, problem)
     return next((each for each in everyone if each), None)
+
+
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Do something to the file system on rank 0; when it fails, fail everywhere. Collectives: one gather of objects.
+
+    Raises:
+        OSError, DataError: on rank 0, what went wrong there; on the others an OSError that says the same.
+    """
+    problem: OSError | DataError | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, DataError) as error:
+            problem = error
+    text = first_error(None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if text is not None:
+        raise OSError(text)
 
 
 def from_rank_0(value: Any) -> Any:

@@ -83,26 +83,28 @@ class Part:
         """Bytes of each tensor that this rank writes."""
         return [entry.data.nbytes for entry in self._tensors]
 
-    def freeze(self, place: Callable[[Tensor], Tensor] | None) -> None:
+    def freeze(self, place: Callable[[Tensor], Tensor] | None, is_given_up: Callable[[], bool]) -> None:
         """Make the plan of what is written.
 
         Args:
             place: gives the copy of a tensor that is written in its stead; None writes the tensor itself, which must not change
                 before `write` has returned.
+            is_given_up: asked between any two tensors; when it is true, `write` ends with an error.
         """
-        for entry in self._tensors if place else ():
-            entry.data = place(entry.data.detach())
-        self._planner = MCoreSavePlanner(flatten_state_dict=False)
+        if place is not None:
+            for entry in self._tensors:
+                entry.data = place(entry.data.detach())
+        self._planner = _Planner(is_given_up)
         self._planner.set_up_planner(mcore_to_pyt_state_dict(self._by_key, False), is_coordinator=dist.get_rank() == 0)
         self._plan = self._planner.create_local_plan()
 
-    def write(self, folder: Path, *, rank: int, is_given_up: Callable[[], bool]) -> Written:
+    def write(self, folder: Path, rank: int) -> Written:
         """Write the file of this rank, and on rank 0 the plain values, and wait until they are on the disk.
 
         Raises:
             OSError: the file system refused, or the save was given up.
         """
-        writer = _Writer(folder, is_given_up)
+        writer = _Writer(folder)
         writer.set_up_storage_writer(is_coordinator=False, rank=rank, use_collectives=False)  # names the file after the rank
         plan = writer.prepare_local_plan(self._plan)
         try:
@@ -118,39 +120,38 @@ class Part:
 
 def complete(folder: Path, everyone: Sequence[Written]) -> None:
     """Write the index over the files of all ranks, by rank."""
-    _, metadata = MCoreSavePlanner(flatten_state_dict=False).create_global_plan([each.plan for each in everyone])
+    _, metadata = _Planner().create_global_plan([each.plan for each in everyone])
     _Writer(folder).finish(metadata, [list(each.results) for each in everyone])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _Writer(FileSystemWriter):
-    """Torch's writer of one file for each rank; says what the file system said, and can be given up."""
+class _Planner(MCoreSavePlanner):
+    """Can be told to stop: a writer asks it for one tensor after the other."""
 
-    def __init__(self, folder: Path, is_given_up: Callable[[], bool] = lambda: False) -> None:
-        super().__init__(folder, per_thread_copy_ahead=0)  # with a copy ahead it would use CUDA streams
+    def __init__(self, is_given_up: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(flatten_state_dict=False)
         self._is_given_up = is_given_up
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if self._is_given_up():
+            raise InterruptedError("the save was given up because the run ended")
+        return super().resolve_data(write_item)
+
+
+class _Writer(FileSystemWriter):
+    """Says what the file system said: torch reports a refused write as a corrupt archive, with the reason as its context."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, per_thread_copy_ahead=0)  # with a copy ahead it would use CUDA streams
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, _Interruptible(planner, self._is_given_up))
+            return super().write_data(plan, planner)
         except RuntimeError as error:
-            # torch reports a refused write as a corrupt archive, with the reason as its context.
             reason = error.__context__
             if isinstance(reason, OSError):
                 raise OSError(reason.errno, reason.strerror, reason.filename) from error
             raise
-
-
-class _Interruptible:
-    """The one method of a planner that a writer calls, between any two tensors."""
-
-    def __init__(self, planner: SavePlanner, is_given_up: Callable[[], bool]) -> None:
-        self._planner, self._is_given_up = planner, is_given_up
-
-    def resolve_data(self, item: WriteItem) -> Tensor | io.BytesIO:
-        if self._is_given_up():
-            raise InterruptedError("the save was given up because the run ended")
-        return self._planner.resolve_data(item)
 
 
 def _serialized(content: dict[str, Any]) -> bytes:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from concurrent.futures import Future
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -15,8 +13,6 @@ from megarpt.device.runtime import Runtime
 from megarpt.train.background import in_background
 
 _ALIGNMENT = 64
-_CGROUPS = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # version 1 writes a number near 2**63 where there is no limit
 
 
 class HostBuffer:
@@ -72,47 +68,3 @@ class HostBuffer:
 def room_for(sizes: Iterable[int]) -> int:
     """Bytes of a buffer that holds tensors of these sizes."""
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
-
-
-def available_host_bytes() -> int:
-    """Memory this process can still take: what the machine has, and what its control groups allow."""
-    return min([psutil.virtual_memory().available, *_cgroup_room(Path("/proc/self/cgroup"), _CGROUPS)])
-
-
-def _cgroup_room(membership: Path, root: Path) -> list[int]:
-    """Room below each memory limit of the control groups this process is in, versions 1 and 2; file cache counts as room."""
-    rooms = []
-    for line in membership.read_text().splitlines() if membership.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = (
-            ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes")
-            if controllers
-            else ("", "memory.max", "memory.current")
-        )
-        top = root / names[0]
-        folder = top / path.lstrip("/")
-        # Inside a container the path may be one of the host, which is not visible: then the top is the container's own group.
-        for group in [each for each in (folder, *folder.parents) if each.is_relative_to(top)]:
-            limit, usage = (_number(group / name) for name in names[1:])
-            if limit is not None and usage is not None and limit < _UNLIMITED:
-                rooms.append(max(limit - usage + _file_cache(group / "memory.stat"), 0))
-    return rooms
-
-
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() else None  # "max" is no limit
-
-
-def _file_cache(path: Path) -> int:
-    """Bytes of cached files that nothing has used lately, which the kernel drops first."""
-    try:
-        lines = dict(line.split(" ", 1) for line in path.read_text().splitlines())
-    except OSError:
-        return 0
-    return int(lines.get("total_inactive_file", lines.get("inactive_file", "0")))
