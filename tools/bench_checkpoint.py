@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from megarpt.device import runtime
 
@@ -153,7 +154,7 @@ class TorchAsync:
         start = time.perf_counter()
         content = {"model": unwrap(t.model[0]).state_dict(), "optimizer": inner.state_dict()}
         target = self._folder / str(self._saves)
-        future: Any = dcp.async_save(content, storage_writer=dcp.FileSystemWriter(target))
+        future: Any = async_save(content, storage_writer=FileSystemWriter(target))
         measured = _train_until(start, t, future.done)
         future.result()
         shutil.rmtree(target)
