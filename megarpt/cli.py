@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import Device, EvaluateOptions, ExportOptions, GenerateOptions, PretrainConfig, ScoreOptions
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -102,6 +102,12 @@ def _generate(args: argparse.Namespace) -> int | None:
         from megarpt.run import generate
 
         return generate.run(options, runtime)
+
+
+def _export(args: argparse.Namespace) -> int | None:
+    from megarpt.run import export
+
+    return export.run(_options(ExportOptions, args))
 
 
 def _show_config(args: argparse.Namespace) -> int | None:
@@ -229,6 +235,14 @@ def _build_parser() -> argparse.ArgumentParser:
             "megarpt generate runs/rho1 --prompt 'The function returns' --max-new-tokens 40 --temperature 0.8",
         )
     )
+    export = command(
+        "export",
+        _export,
+        "copy the weights of a checkpoint into a folder of their own",
+        "megarpt export runs/rho1 models/rho1   # usable as model.init_from, by score, evaluate and generate",
+    )
+    export.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    export.add_argument("output", metavar="OUT", help="the folder to make")
     show = command(
         "show-config",
         _show_config,

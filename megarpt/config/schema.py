@@ -298,3 +298,12 @@ class GenerateOptions(Section):
     """Continuations to write."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
+
+
+class ExportOptions(Section):
+    """`megarpt export`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    output: Text
+    """The folder to make."""

@@ -18,7 +18,8 @@ from megarpt.model.build import build_model, model_mistakes, unwrap
 from megarpt.model.token_stats_gpt import count_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.run.pretrained import load_pretrained
+from megarpt.run.tokenizer_files import keep_tokenizer
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper

@@ -73,7 +73,7 @@ class PerfMeter:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Around an evaluation or a save, outside `step`."""
+        """Around an evaluation, outside `step`."""
         start = self._clock()
         yield
         self.add(name, self._clock() - start)

@@ -109,23 +109,20 @@ class Trainer:
             logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
             return
         self.finish_saving()
-        with self.monitor.phase("save_stall"):
-            self.monitor.log.flush()
-            state = replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict())
-            self._save(state)
+        self.monitor.log.flush()
+        self._save(replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict()))
         self.saved_at = self.state.progress.step
         self.completed(self.checkpoints.poll())
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is being written."""
-        with self.monitor.phase("save_stall"):
-            saved = self.checkpoints.finish()
-        self.completed(saved)
+        self.completed(self.checkpoints.finish())
 
     def completed(self, checkpoints: Sequence[SavedCheckpoint]) -> None:
         """Record checkpoints that have become complete."""
         for saved in checkpoints:
             self.run.record(saved.progress, saved.path)
+            self.monitor.perf.add("save_stall", saved.stall_s)
             self.monitor.perf.add("save", saved.seconds)
         self.run.record(self.state.progress)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import re
 import resource
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from megarpt.config.schema import ParallelConfig
 from megarpt.device import runtime
@@ -15,12 +20,13 @@ from megarpt.errors import CheckpointError
 from megarpt.model.build import build_model
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout
-from megarpt.structs import TokenBatch
+from megarpt.structs import Progress, TokenBatch
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
 from megarpt.train.checkpoint import CheckpointManager
-from megarpt.train.checkpoint_files import read_manifest, resolve_checkpoint
+from megarpt.train.checkpoint_files import check_files, list_checkpoints, read_manifest, resolve_checkpoint
 from megarpt.train.optimizer import build_optimizer
+from megarpt.train.sharded import content_hash
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
 from megarpt.train.weights import checkpoint_hash
@@ -165,3 +171,108 @@ def test_a_write_refused_on_one_rank_fails_on_all(tmp_path: Path, rank: int) -> 
     for (message,) in spawn(2, train, str(tmp_path), ONE, 2, 2, {"refuse_rank": rank}):
         assert "step_00000002 cannot be written" in message and "step_00000001 is intact" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+
+
+def poll_while_training(folder: str, slow_rank: int, refuse_rank: int) -> list[Any]:
+    """One save, then a poll after each of many pauses; what each returned, or the error and after how many it came."""
+    started = runtime.start("cpu")
+    _, manager, objects = build(folder, started, ONE, {})
+    write, collectives = FileSystemWriter.write_data, []
+
+    def hindered(self: FileSystemWriter, *arguments: Any) -> Any:
+        time.sleep(0.3 if started.rank == slow_rank else 0.0)
+        if started.rank == refuse_rank:
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments)
+
+    FileSystemWriter.write_data = hindered  # type: ignore[method-assign]
+    reduce, gather = dist.all_reduce, dist.all_gather_object
+    dist.all_reduce = lambda *a, **k: collectives.append("reduce") or reduce(*a, **k)
+    dist.all_gather_object = lambda *a, **k: collectives.append("gather") or gather(*a, **k)
+    manager.poll()
+    assert collectives == []  # nothing is under way: the ranks do not talk
+    manager.save(TrainState(progress=Progress(step=1)), *objects)
+    polls = 0
+    try:
+        while not (saved := manager.poll()):
+            polls += 1
+            time.sleep(0.01)
+    except CheckpointError as error:
+        return [polls, str(error)]
+    collectives.clear()
+    assert manager.poll() == [] and collectives == []
+    return [polls, saved[0].path.name]
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_all_ranks_learn_at_the_same_poll_that_a_checkpoint_is_complete(tmp_path: Path, slow_rank: int) -> None:
+    first, second = spawn(2, poll_while_training, str(tmp_path), slow_rank, -1)
+    assert first == second and first[0] > 0 and first[1] == "step_00000001"
+    assert read_manifest(tmp_path / "step_00000001").layout["dp"] == 2
+
+
+@pytest.mark.parametrize("refuse_rank", [0, 1])
+def test_all_ranks_learn_at_the_same_poll_that_a_write_failed(tmp_path: Path, refuse_rank: int) -> None:
+    first, second = spawn(2, poll_while_training, str(tmp_path), refuse_rank, refuse_rank)
+    assert first[0] == second[0] > 0
+    for message in (first[1], second[1]):
+        assert f"step_00000001 cannot be written: rank {refuse_rank}: [Errno 28] No space left" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def train_and_save(folder: str, steps: int, interval: int) -> list[Any]:
+    """Up to `steps`, saving in the background."""
+    started = runtime.start("cpu")
+    cfg, manager, (model, optimizer, scheduler) = build(folder, started, ONE, {"checkpoint.keep_last": 3})
+    groups = manager._groups
+    step = TrainStep(model[0], build_objective(cfg.objective, 1), optimizer, scheduler, groups, seq_length=S)
+    state = manager.load_latest(model, optimizer, scheduler) or TrainState()
+    share = SAMPLES // groups.dp_size
+    while state.progress.step < steps:
+        rows = slice(groups.dp_rank * share, (groups.dp_rank + 1) * share)
+        report = step([make_batch(state.progress.step, rows)], state.progress)
+        state = state.after_step(report, samples=SAMPLES, tokens_seen=SAMPLES * S)
+        if state.progress.step % interval == 0:
+            manager.save(state, model, optimizer, scheduler)
+        manager.poll()
+    manager.finish()
+    return [state.progress.step]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_at_random_moments_of_saves_nothing_is_lost(tmp_path: Path, world: int) -> None:
+    """All ranks die by SIGKILL; every folder with a final name is whole, and the end is that of an uninterrupted run."""
+    folder, straight = tmp_path / "killed", tmp_path / "straight"
+    rng, reached, steps = random.Random(world), 0, 0
+    for _ in range(4):
+        with pytest.raises(RuntimeError, match="did not end within"):
+            spawn(world, train_and_save, str(folder), 1 << 30, 1, timeout_s=2.0 + rng.random())
+        whole = list_checkpoints(folder)
+        for checkpoint in whole:
+            manifest = read_manifest(checkpoint)
+            assert check_files(checkpoint, manifest, manifest.files) == []
+        others = {path.name for path in folder.iterdir()} - {path.name for path in whole}
+        assert all(re.fullmatch(r"latest|\.latest\.tmp|step_\d+\.(tmp-\d+|deleting)", name) for name in others), others
+        assert not whole or read_manifest(whole[0]).step >= reached
+        reached = read_manifest(whole[0]).step if whole else 0
+    assert reached > 0
+    steps = reached + 2
+    assert spawn(world, train_and_save, str(folder), steps, 1) == [[steps]] * world
+    assert spawn(world, train_and_save, str(straight), steps, steps) == [[steps]] * world
+    assert len(list(folder.iterdir())) == 4  # three checkpoints and `latest`: nothing is left of the killed
+    assert checkpoint_hash(folder) == checkpoint_hash(straight)
+    states = [content_hash(resolve_checkpoint(path) / "training", 1 << 30) for path in (folder, straight)]
+    assert states[0] == states[1]
+
+
+def build(folder: str, started: runtime.Runtime, parallel: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    """Configuration, manager, and (model, optimizer, schedule)."""
+    cfg = tiny_config(**{"model.mcore": SMALL, "data.seq_length": S, "parallel": parallel, "optimizer.lr": 1e-2} | overrides)
+    layout = ParallelLayout.resolve(ParallelConfig(**parallel), started.world_size)
+    groups = layout.initialize(seed=1)
+    torch.manual_seed(1)
+    model = build_model(cfg, layout, groups, started, vocab_size=VOCAB)
+    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+    manager = CheckpointManager(Path(folder), cfg, tokenizer_sha256="ab", runtime=started, groups=groups)
+    return cfg, manager, ([model], optimizer, scheduler)

@@ -97,7 +97,7 @@ def test_python_dash_m(config):
     assert "seed: 7" in result.stdout and result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "score", "evaluate", "generate", "show-config", "doctor"])
+@pytest.mark.parametrize("verb", ["pretrain", "score", "evaluate", "generate", "export", "show-config", "doctor"])
 def test_every_command_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
