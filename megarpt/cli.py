@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, NoReturn
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions, VerifyResumeOptions
+from megarpt.config.schema import (
+    Device,
+    EvaluateOptions,
+    ExportOptions,
+    GenerateOptions,
+    PretrainConfig,
+    ScoreOptions,
+    VerifyResumeOptions,
+)
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -115,6 +123,12 @@ def _verify_resume(args: argparse.Namespace) -> int | None:
         from megarpt.run import verify_resume
 
         return verify_resume.run(cfg, options, runtime)
+
+
+def _export(args: argparse.Namespace) -> int | None:
+    from megarpt.run import export
+
+    return export.run(_options(ExportOptions, args))
 
 
 def _show_config(args: argparse.Namespace) -> int | None:
@@ -255,6 +269,14 @@ def _build_parser() -> argparse.ArgumentParser:
             "  torchrun --nnodes 2 --nproc-per-node 8 ... -m megarpt verify-resume examples/rho1/config.yaml",
         )
     )
+    export = command(
+        "export",
+        _export,
+        "copy the weights of a checkpoint into a folder of their own",
+        "megarpt export runs/rho1 models/rho1   # usable as model.init_from, by score, evaluate and generate",
+    )
+    export.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    export.add_argument("output", metavar="OUT", help="the folder to make")
     show = command(
         "show-config",
         _show_config,

@@ -214,6 +214,8 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints are kept."""
     keep_every_steps: NonNegative = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on; false writes it while training waits."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run folder when there is one."""
 
@@ -327,3 +329,12 @@ class VerifyResumeOptions(Section):
     """Ranks to run on this machine; 1 under a launcher, which starts the command once per rank."""
     keep: bool = False
     """Keep the runs also when they are equal."""
+
+
+class ExportOptions(Section):
+    """`megarpt export`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    output: Text
+    """The folder to make."""

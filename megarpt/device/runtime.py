@@ -60,6 +60,18 @@ class Runtime:
         """Memory held now: allocator bytes on CUDA, resident set on a CPU."""
         return torch.cuda.memory_allocated(self.device) if self.is_cuda else psutil.Process().memory_info().rss
 
+    def pin(self, memory: torch.Tensor) -> None:
+        """Lock host memory in place, so that the device copies into it at full speed and without being waited for."""
+        if self.is_cuda and memory.nbytes:
+            with torch.cuda.device(self.device):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo `pin`, which must happen before the memory is given back."""
+        if self.is_cuda and memory.nbytes:
+            with torch.cuda.device(self.device):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
     def rng_state(self) -> dict[str, Any]:
         """State of torch's generators, for a bit-exact resume."""
         return {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state(self.device) if self.is_cuda else None}

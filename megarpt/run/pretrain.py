@@ -18,7 +18,8 @@ from megarpt.model.build import build_model, model_mistakes
 from megarpt.model.parameters import ParameterCount, total_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
-from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.run.pretrained import load_pretrained
+from megarpt.run.tokenizer_files import keep_tokenizer
 from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
@@ -94,6 +95,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             f"resuming at step {resume.step}" if resume else "starting",
         )
         with (
+            checkpoints,
             batches,
             MetricLog.open(folder, cfg, resume=resume) as log,
             ProgressLine(
@@ -120,6 +122,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
                 save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
+                checkpoints=checkpoints,
                 monitor=Monitor(
                     log,
                     line,

@@ -29,7 +29,7 @@ class Monitor:
     decode: Callable[[Sequence[int]], str]
 
     def phase(self, name: Phase) -> AbstractContextManager[None]:
-        """Around an evaluation or a save, so that it does not count as training time."""
+        """Around an evaluation, so that it does not count as training time."""
         return self.perf.phase(name)
 
     def step(

@@ -15,7 +15,7 @@ from typing import Literal
 
 import psutil
 
-Phase = Literal["evaluation", "save"]
+Phase = Literal["evaluation", "save_stall", "save"]
 
 # Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
@@ -73,10 +73,14 @@ class PerfMeter:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Around an evaluation or a save, outside `step`."""
+        """Around an evaluation, outside `step`."""
         start = self._clock()
         yield
-        self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
+        self.add(name, self._clock() - start)
+
+    def add(self, name: Phase, seconds: float) -> None:
+        """Count time that passed elsewhere, such as on a thread that writes a checkpoint."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def count_tokens(self, num_tokens: int) -> None:
         """Add the tokens a step fed through the model, over all ranks."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megarpt.config.schema import PretrainConfig
 from megarpt.data.batches import TokenBatches
 from megarpt.errors import NumericsError, StopRequested
+from megarpt.train.checkpoint import CheckpointManager, SavedCheckpoint
 from megarpt.train.monitor import Monitor
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.rundir import RunDir
@@ -32,13 +32,14 @@ class Trainer:
         state: TrainState,
         *,
         evaluate: Callable[[], Mapping[str, EvaluationResult]],
-        save: Callable[[TrainState], Path],
+        save: Callable[[TrainState], None],
+        checkpoints: CheckpointManager,
         monitor: Monitor,
         run: RunDir,
         stop: StopSignal,
     ) -> None:
         self.cfg, self.step, self.batches, self.state = cfg, step, batches, state
-        self._evaluate, self._save = evaluate, save
+        self._evaluate, self._save, self.checkpoints = evaluate, save, checkpoints
         self.monitor, self.run, self.stop = monitor, run, stop
         self.step_samples = cfg.batch.global_batch_size
         self.step_tokens = self.step_samples * cfg.data.seq_length
@@ -63,10 +64,12 @@ class Trainer:
         while self.state.progress.step < self.total_steps:
             if self.stop.agreed():
                 self.save()
+                self.finish_saving()
                 raise StopRequested(
                     f"stopped on {self.stop.name} at step {self.state.progress.step}; run the same command again"
                 )
             self.train_step()
+            self.completed(self.checkpoints.poll())
             step = self.state.progress.step
             if _every(cfg.evaluation.interval_steps, step):
                 self.evaluate()
@@ -76,6 +79,7 @@ class Trainer:
             self.evaluate()
         if self.saved_at != self.state.progress.step:
             self.save()
+        self.finish_saving()
         return self.state
 
     def train_step(self) -> None:
@@ -90,6 +94,7 @@ class Trainer:
         self.run.record(self.state.progress)
         self.monitor.step(report, self.state, self.step_tokens, self.step.outputs, self.step.first_output)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
+            self.finish_saving()
             raise NumericsError(
                 f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row (up to step "
                 f"{self.state.progress.step}), expected at most train.max_skipped_steps = {self.cfg.train.max_skipped_steps}; "
@@ -105,17 +110,28 @@ class Trainer:
         self.evaluated_at = self.state.progress.step
 
     def save(self) -> None:
-        """A checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
+        """Begin a checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
         if self.state.skipped_in_a_row and not self.step.parameters_are_finite():
             logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
             return
+        self.finish_saving()
         self.monitor.log.flush()
         self.step.gather_parameters()
-        with self.monitor.phase("save"):
-            state = replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict())
-            path = self._save(state)
-        self.run.record(self.state.progress, path)
+        self._save(replace(self.state, data=self.batches.state_dict(), selection=self.step.objective.state_dict()))
         self.saved_at = self.state.progress.step
+        self.completed(self.checkpoints.poll())
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.completed(self.checkpoints.finish())
+
+    def completed(self, checkpoints: Sequence[SavedCheckpoint]) -> None:
+        """Record checkpoints that have become complete."""
+        for saved in checkpoints:
+            self.run.record(saved.progress, saved.path)
+            self.monitor.perf.add("save_stall", saved.stall_s)
+            self.monitor.perf.add("save", saved.seconds)
+        self.run.record(self.state.progress)
 
 
 def total_steps(cfg: PretrainConfig) -> int:

@@ -20,9 +20,11 @@ MEGATRON_SEAMS = {
     "megarpt/model/specs.py": "its layer specs",
     "megarpt/model/token_stats_gpt.py": "the head seam of its GPTModel",
     "megarpt/parallel/layout.py": "its parallel state",
-    "megarpt/train/checkpoint.py": "state of its optimizer, schedule and random generators",
+    "megarpt/train/checkpoint.py": "is handed its optimizer and schedule",
+    "megarpt/train/checkpoint_state.py": "state of its optimizer, schedule and random generators",
     "megarpt/train/optimizer.py": "its optimizer and schedule",
-    "megarpt/train/sharded.py": "its dist_checkpointing",
+    "megarpt/train/sharded.py": "its dist_checkpointing, reading",
+    "megarpt/train/sharded_save.py": "its dist_checkpointing, writing",
     "megarpt/train/step.py": "its schedules and gradient finalization",
 }
 

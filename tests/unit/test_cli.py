@@ -97,7 +97,9 @@ def test_python_dash_m(config):
     assert "seed: 7" in result.stdout and result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "score", "evaluate", "generate", "verify-resume", "show-config", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "score", "evaluate", "generate", "export", "verify-resume", "show-config", "doctor"]
+)
 def test_every_command_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
