@@ -38,13 +38,14 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from megarpt.config.schema import ObjectiveConfig, PretrainConfig  # noqa: E402
 from megarpt.model.build import build_model, unwrap  # noqa: E402
+from megarpt.model.parameters import total_parameters  # noqa: E402
 from megarpt.objectives.build import build_objective  # noqa: E402
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups  # noqa: E402
 from megarpt.structs import Progress, TokenBatch  # noqa: E402
 from megarpt.testing.configs import tiny_config  # noqa: E402
 from megarpt.train.checkpoint import CheckpointManager  # noqa: E402
 from megarpt.train.optimizer import build_optimizer  # noqa: E402
-from megarpt.train.sharded import OPTIMIZER_METADATA  # noqa: E402
+from megarpt.train.optimizer_state import sharded_optimizer  # noqa: E402
 from megarpt.train.state import TrainState  # noqa: E402
 from megarpt.train.step import TrainStep  # noqa: E402
 from megarpt.train.weights import sharded_weights  # noqa: E402
@@ -175,7 +176,7 @@ class McoreFork:
         target.mkdir(parents=True)
         start = time.perf_counter()
         weights = sharded_weights(t.model)
-        optimizer = t.optimizer.sharded_state_dict(weights, metadata=dict(OPTIMIZER_METADATA))
+        optimizer = sharded_optimizer(t.optimizer, weights)
         request = dist_checkpointing.save(
             {**weights, "optimizer": optimizer}, str(target), self._strategy, async_sharded_save=True
         )

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megarpt
@@ -40,8 +40,9 @@ from megarpt.train.background import at_once, in_background
 from megarpt.train.checkpoint_choice import newest_whole
 from megarpt.train.checkpoint_files import Manifest, read_manifest, remove_leftovers, set_aside, step_name
 from megarpt.train.checkpoint_job import SaveJob
-from megarpt.train.checkpoint_state import RunShards, has_state
+from megarpt.train.checkpoint_state import RunShards
 from megarpt.train.environment import git_state
+from megarpt.train.optimizer_state import steps_of
 from megarpt.train.preflight import Room, disk_shortage, memory_shortage
 from megarpt.train.sharded import gathered, gathered_on_rank_0, on_rank_0
 from megarpt.train.sharded_save import Part
@@ -86,7 +87,7 @@ class _Pending:
 class _Facts(NamedTuple):
     """What the ranks tell each other before a save."""
 
-    has_optimizer_state: bool
+    optimizer_steps: int
     is_saved: bool  # known to the writer
     token: int  # of the writer: names the attempt
 
@@ -134,7 +135,7 @@ class CheckpointManager:
         self,
         state: TrainState,
         model: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
     ) -> None:
         """Begin the checkpoint of `state.progress.step`; a step that is saved already stays as it is.
@@ -148,12 +149,12 @@ class CheckpointManager:
         started = time.perf_counter()
         self._finish()
         final = self.directory / step_name(state.progress.step)
-        facts = gathered(_Facts(has_state(optimizer), self._is_writer and self._is_saved(final), secrets.randbits(32)))
+        facts = gathered(_Facts(steps_of(optimizer), self._is_writer and self._is_saved(final), secrets.randbits(32)))
         if facts[0].is_saved:
             self.newest = final
             return
-        has_optimizer_state = any(each.has_optimizer_state for each in facts)
-        parts = self._shards.parts(state, model, optimizer, scheduler, has_optimizer_state=has_optimizer_state)
+        optimizer_steps = max(each.optimizer_steps for each in facts)
+        parts = self._shards.parts(state, model, optimizer, scheduler, optimizer_steps=optimizer_steps)
         has_memory = self._preflight(final, parts)
         is_staged = self._cfg.checkpoint.async_save and has_memory
         self._freeze(parts, is_staged)
@@ -161,7 +162,7 @@ class CheckpointManager:
             final=final,
             # Not the name of a former attempt: a process that was given up for dead may still be writing there.
             temporary=final.with_name(f"{final.name}.tmp-{facts[0].token}"),
-            manifest=self._manifest(state, model, has_optimizer_state),
+            manifest=self._manifest(state, model, has_optimizer_state=optimizer_steps > 0),
             config=self._config,
             parts=parts,
             rank=self._runtime.rank,
@@ -206,7 +207,7 @@ class CheckpointManager:
         self.close()
 
     def load_latest(
-        self, model: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler
     ) -> TrainState | None:
         """Continue from the newest whole checkpoint; None when the folder holds none.
 
@@ -258,7 +259,7 @@ class CheckpointManager:
             return False
         return True
 
-    def _manifest(self, state: TrainState, model: Sequence[torch.nn.Module], has_optimizer_state: bool) -> Manifest:
+    def _manifest(self, state: TrainState, model: Sequence[torch.nn.Module], *, has_optimizer_state: bool) -> Manifest:
         return Manifest(
             step=state.progress.step,
             progress=asdict(state.progress),

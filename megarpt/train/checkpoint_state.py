@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarpt.device.runtime import Runtime
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.train.checkpoint_files import MODEL, TRAINING, Manifest
-from megarpt.train.sharded import OPTIMIZER_METADATA, load_sharded
+from megarpt.train.optimizer_state import load_optimizer, sharded_optimizer
+from megarpt.train.sharded import load_sharded
 from megarpt.train.sharded_save import Distribution, Part
 from megarpt.train.state import TrainState
 from megarpt.train.weights import sharded_weights
@@ -41,10 +42,10 @@ class RunShards:
         self,
         state: TrainState,
         model: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
         *,
-        has_optimizer_state: bool,
+        optimizer_steps: int,
     ) -> dict[str, Part]:
         """Folder name -> this rank's share. Weights lie apart, so that who needs only them reads and checks only them.
 
@@ -56,13 +57,13 @@ class RunShards:
             "state": state.to_dict(),
             "scheduler": scheduler.state_dict(),
             "rng": self._rng(),
-            "content_metadata": dict(OPTIMIZER_METADATA),
+            "optimizer_steps": optimizer_steps,
         }
-        if has_optimizer_state:
-            training["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(OPTIMIZER_METADATA))
+        if optimizer_steps:
+            training["optimizer"] = sharded_optimizer(optimizer, weights)
         parts = {}
         for name, sharded in ((MODEL, weights), (TRAINING, training)):
-            structure = (name, has_optimizer_state)
+            structure = (name, optimizer_steps > 0)
             if structure not in self._distributions:
                 self._distributions[structure] = Distribution(self._groups.dp_cp)
             parts[name] = self._distributions[structure].part(sharded)
@@ -73,7 +74,7 @@ class RunShards:
         checkpoint: Path,
         manifest: Manifest,
         model: Sequence[torch.nn.Module],
-        optimizer: MegatronOptimizer,
+        optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
         differences: Mapping[str, str],
     ) -> TrainState:
@@ -87,13 +88,12 @@ class RunShards:
         if same_layout:
             wanted["rng"] = self._rng()
         if manifest.has_optimizer_state:
-            metadata = dict(OPTIMIZER_METADATA)
-            wanted["optimizer"] = optimizer.sharded_state_dict(sharded_weights(model), is_loading=True, metadata=metadata)
+            wanted["optimizer"] = sharded_optimizer(optimizer, sharded_weights(model), is_loading=True)
         loaded = load_sharded(
             wanted, checkpoint / TRAINING, what="optimizer.mcore", differences=differences, same_vocabulary=True
         )
         if manifest.has_optimizer_state:
-            optimizer.load_state_dict(loaded["optimizer"])
+            load_optimizer(optimizer, loaded["optimizer"], loaded["optimizer_steps"])
         else:
             optimizer.reload_model_params()  # no step was made: the masters are the weights
         scheduler.num_steps = 0
@@ -114,9 +114,3 @@ class RunShards:
         tracker = tensor_parallel.get_cuda_rng_tracker()
         states = {"torch": self._runtime.rng_state(), "tracker": tracker.get_states()}
         return ShardedObject("rng", states, (self._runtime.world_size,), (self._runtime.rank,), replica_id=0)
-
-
-def has_state(optimizer: MegatronOptimizer) -> bool:
-    """Whether this rank's optimizer has made a step. One without parameters never has: ask all ranks."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return any(part.optimizer is not None and len(part.optimizer.state) > 0 for part in parts)

@@ -26,8 +26,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
 from megarpt.errors import CheckpointError, DataError
 
-# How the optimizer shards its state: the one form that loads under every layout.
-OPTIMIZER_METADATA: Mapping[str, Any] = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
 
 
