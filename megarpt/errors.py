@@ -10,7 +10,7 @@ EXIT_UNSTABLE = 76  # too many non-finite steps in a row; checkpoints are intact
 EXIT_CONFIG = 78  # a mistake in the configuration: running again cannot help
 EXIT_DATA = 79  # corpus, sidecar or checkpoint damaged or mismatched
 EXIT_ENVIRONMENT = 80  # the machine lacks something the job needs
-EXIT_NOT_REPRODUCED = 81  # verify-resume: the resumed run is not the uninterrupted one
+EXIT_NOT_REPRODUCED = 82  # verify-resume: the resumed run is not the uninterrupted one
 
 
 class MegarptError(Exception):

@@ -145,7 +145,6 @@ class TokenBatches:
             self._share = StepShare(share_over, shape, sorted(self.datasets[0].streams), device)
         self._order = SampleOrder([dataset.num_windows for dataset in self.datasets], weights, seed)
         self._chain = OrderFingerprint(self._order, self._windows())
-        self._skipped: list[list[int]] = []
         self._steps_ahead = steps_ahead
         self._ahead: deque[Future[list[TokenBatch]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megarpt-data")
@@ -173,18 +172,10 @@ class TokenBatches:
         self._ahead.popleft()
         return [to_device(batch, self._device) for batch in batches]
 
-    def step_at(self, first_sample: int) -> list[TokenBatch]:
-        """This rank's micro-batches of the step that begins with sample `first_sample`; the position does not move."""
-        batches = self._reader.submit(self._read_step, first_sample).result()
-        return [to_device(batch, self._device) for batch in batches]
-
-    def skip_to(self, sample: int) -> None:
-        """Go on with sample number `sample`; those before it that were not handed out never are."""
-        assert sample >= self.consumed_samples, f"sample {sample} lies behind the position {self.consumed_samples}"
-        if sample > self.consumed_samples:
-            self._forget_ahead()
-            self._skipped.append([self.consumed_samples, sample])
-            self.consumed_samples = sample
+    def move_to(self, sample: int) -> None:
+        """Go on with sample `sample`, wherever the position is; what lies between is not read."""
+        self._forget_ahead()
+        self.consumed_samples = sample
 
     @property
     def data_order(self) -> str:
@@ -229,7 +220,6 @@ class TokenBatches:
         """The position in the data, as plain values; equal on every rank."""
         return {
             "consumed_samples": self.consumed_samples,
-            "skipped": [list(jump) for jump in self._skipped],  # [first, next] of every run of samples passed over
             "order": self._chain.state_dict(self.consumed_samples),
             "fingerprint": self.fingerprint(),
         }
@@ -248,9 +238,7 @@ class TokenBatches:
                 "other text. Restore the data of the checkpoint, or begin a new run with model.init_from"
             )
         self._chain.load_state_dict(state["order"])
-        self._forget_ahead()
-        self._skipped = [list(jump) for jump in state["skipped"]]
-        self.consumed_samples = int(state["consumed_samples"])
+        self.move_to(int(state["consumed_samples"]))
 
     def close(self) -> None:
         """Stop reading ahead."""

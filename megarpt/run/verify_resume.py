@@ -137,25 +137,23 @@ class Verification:
         one, other = (self.folder / name / "checkpoints" / step_name(self.steps) for name in ("straight", "resumed"))
         for checkpoint in (one, other):
             read_manifest(checkpoint)  # a run whose parameters are not finite saves nothing
-        total = sum(len(tensor_names(one / part)) for part in (MODEL, TRAINING))
         straight = list(read_metrics(self._metrics("straight")))
         control = [line for line in self._before_the_kill if int(line["step"]) < self.steps]
-        with self.line.nested("comparing", total, unit="tensor") as line:
-            compared = 0
+        total, compared = sum(len(tensor_names(one / part)) for part in (MODEL, TRAINING)), 0
 
-            def advance() -> None:
-                nonlocal compared
-                compared += 1
-                line.update(compared)
+        def advance() -> None:
+            nonlocal compared
+            compared += 1
+            self.line.update(self._done, {"now": f"comparing tensor {compared} of {total}"})
 
-            return [
-                compare_lines("metrics lines before the kill", straight[: len(control)], control),
-                self._start_of_the_resume(),
-                compare_lines("metrics lines", straight, list(read_metrics(self._metrics("resumed")))),
-                compare_tensors("parameters", one / MODEL, other / MODEL, advance),
-                compare_tensors("optimizer state", one / TRAINING, other / TRAINING, advance),
-                compare_objects("random states, schedule, data position, counters", one, other),
-            ]
+        return [
+            compare_lines("metrics lines before the kill", straight[: len(control)], control),
+            self._start_of_the_resume(),
+            compare_lines("metrics lines", straight, list(read_metrics(self._metrics("resumed")))),
+            compare_tensors("parameters", one / MODEL, other / MODEL, advance),
+            compare_tensors("optimizer state", one / TRAINING, other / TRAINING, advance),
+            compare_objects("random states, schedule, data position, counters", one, other),
+        ]
 
     def _start_of_the_resume(self) -> Comparison:
         """A resume that begins again from nothing ends equal too: where it began shows in the lines it threw away."""

@@ -223,15 +223,15 @@ def test_generate_options(stage):
 def test_verify_resume_options(config, stage, monkeypatch):
     calls = []
     stage("verify_resume")
-    monkeypatch.setattr(sys.modules["megarpt.run.verify_resume"], "run", lambda *given: calls.append(given) or 81)
+    monkeypatch.setattr(sys.modules["megarpt.run.verify_resume"], "run", lambda *given: calls.append(given) or 82)
     arguments = ["verify-resume", config, "run.seed=5", "--steps", "12", "--nproc-per-node", "8", "--keep", "run.device=cuda"]
-    assert cli.main([*arguments, "batch.global_batch_size=64"]) == 81
+    assert cli.main([*arguments, "batch.global_batch_size=64"]) == 82
     cfg, options, _ = calls[0]
     assert (cfg.run.seed, cfg.run.device) == (5, "cuda") and stage.machine == ["cpu", "closed"]
     assert (options.steps, options.nproc_per_node, options.keep) == (12, 8, True)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["verify-resume", config, "batch.global_batch_size=16"]) == 81
+    assert cli.main(["verify-resume", config, "batch.global_batch_size=16"]) == 82
     assert calls[1][1].model_dump() == {"steps": 20, "nproc_per_node": 1, "keep": False}
 
 
