@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from megarpt.config.presets import ACTIVATIONS, PRESETS
-from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, PretrainConfig, Stream
+from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, PretrainConfig, ProfileConfig, Stream
 from megarpt.errors import ConfigError
 
 Rule = Callable[[PretrainConfig], str | None]
@@ -237,6 +237,29 @@ def sequence_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
     )
 
 
+def profiled_steps_are_trained(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is None:
+        return None
+    first, last = cfg.profile.steps
+    steps = -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
+    if 2 <= first <= last <= steps:
+        return None
+    return (
+        f"profile.steps: got [{first}, {last}], expected a first and a last step from 2 (the step before the first warms the "
+        f"profiler up) to {steps}, the last one of the run"
+    )
+
+
+def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is not None:
+        return None
+    for name in ("ranks", "record"):
+        got = getattr(cfg.profile, name)
+        if got != ProfileConfig.model_fields[name].get_default(call_default_factory=True):
+            return f"profile.{name}: got {got}, which has no effect without profile.steps"
+    return None
+
+
 def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
     return _declared_twice("model", cfg.model.mcore)
 
@@ -269,6 +292,8 @@ RULES: tuple[Rule, ...] = (
     kept_checkpoints_are_saved,
     sequence_parallel_has_tensor_parallel,
     sequence_parallel_divides_the_tokens,
+    profiled_steps_are_trained,
+    profile_settings_are_used,
     mcore_model_keys_are_not_ours,
     mcore_optimizer_keys_are_not_ours,
 )
@@ -285,6 +310,7 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
     rules = list(RULES)
     if world_size is not None:
         rules.append(lambda each: _batch_fits_the_world(each, world_size))
+        rules.append(lambda each: _profiled_ranks_exist(each, world_size))
     found = []
     for rule in rules:
         try:
@@ -316,6 +342,13 @@ def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
         f"batch.global_batch_size: got {total}, expected a multiple of {micro * dp}: batch.micro_batch_size ({micro}) x "
         f"data-parallel size ({dp} = {world_size} ranks / tensor_model_parallel_size {tp})"
     )
+
+
+def _profiled_ranks_exist(cfg: PretrainConfig, world_size: int) -> str | None:
+    missing = [rank for rank in cfg.profile.ranks if rank >= world_size]
+    if not missing:
+        return None
+    return f"profile.ranks: got {missing[0]}, expected ranks from 0 to {world_size - 1}, those of the run"
 
 
 def _decay_end(cfg: PretrainConfig) -> tuple[int, str]:

@@ -27,12 +27,15 @@ from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
 from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
+from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
 from megarpt.train.rundir import RunDir
 from megarpt.train.signals import StopSignal
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
+from megarpt.train.stragglers import StragglerWatch, rank_places, ranks_by_host
+from megarpt.train.timers import StepTimers, attach
 from megarpt.train.trainer import Trainer, total_steps
 from megarpt.train.weights import load_weights
 
@@ -48,7 +51,13 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     groups = layout.initialize(cfg.run.seed)
     is_writer = runtime.rank == 0
     has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
-    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
+    places = rank_places(stage=groups.collection.pp.rank())
+    facts = {
+        "device": runtime.device_name,
+        "world_size": runtime.world_size,
+        "backend": runtime.backend,
+        "hosts": ranks_by_host(places),
+    }
     with (
         RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=is_writer) as folder,
         StopSignal(runtime) as stop,
@@ -57,6 +66,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         torch.manual_seed(cfg.run.seed)
         model = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
         optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+        timers = StepTimers(runtime.clock())
+        attach(timers, [model], optimizer)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
         batches = build_train_batches(
@@ -101,10 +112,21 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 console=terminal(),
                 is_writer=is_writer,
             ) as line,
+            StepProfiler(cfg.profile, folder.profile_dir, runtime, timers, done=resume.step if resume else 0) as profiler,
         ):
+            perf = _perf_meter(cfg, runtime, model, folder, timers)
             trainer = Trainer(
                 cfg,
-                TrainStep(model, objective, optimizer, scheduler, groups, seq_length=cfg.data.seq_length, annotate=reference),
+                TrainStep(
+                    model,
+                    objective,
+                    optimizer,
+                    scheduler,
+                    groups,
+                    seq_length=cfg.data.seq_length,
+                    annotate=reference,
+                    timers=timers,
+                ),
                 batches,
                 state or TrainState(),
                 evaluate=partial(
@@ -120,7 +142,9 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 monitor=Monitor(
                     log,
                     line,
-                    _perf_meter(cfg, runtime, model, folder),
+                    perf,
+                    StragglerWatch(perf, places, runtime.device, interval_steps=cfg.logging.straggler_interval_steps),
+                    profiler,
                     BatchDumper(folder.dump_dir, runtime.rank, tokenizer.decode, source_names=[s.path for s in cfg.data.train]),
                     tokenizer.decode,
                 ),
@@ -152,7 +176,7 @@ def _online_reference(
     return OnlineReference(reference.network, [STREAM_OF_SCORER[cfg.objective.scorer]])
 
 
-def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, folder: RunDir) -> PerfMeter:
+def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, folder: RunDir, timers: StepTimers) -> PerfMeter:
     network = unwrap(model)
     width = network.config.num_attention_heads * network.config.kv_channels
     return PerfMeter(
@@ -162,4 +186,5 @@ def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, f
         ),
         peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
         memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},
+        timers=timers,
     )

@@ -23,6 +23,7 @@ from megarpt.objectives.base import ObjectiveOutput
 from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, StepReport, TokenBatch, TokenStats
+from megarpt.train.timers import StepTimers
 
 Annotate = Callable[[TokenBatch], TokenBatch]
 
@@ -44,9 +45,11 @@ class TrainStep:
         *,
         seq_length: int,
         annotate: Annotate | None = None,
+        timers: StepTimers | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
         self.groups, self.seq_length, self.annotate = groups, seq_length, annotate
+        self.timers = timers or StepTimers()
         self.outputs: list[tuple[TokenBatch, ObjectiveOutput]] = []  # of the last step, for dumps, histograms and samples
         model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         model.config.grad_scale_func = None
@@ -54,7 +57,8 @@ class TrainStep:
     def __call__(self, batches: Sequence[TokenBatch], progress: Progress) -> StepReport:
         """Run the step; on a non-finite loss or gradient the parameters stay as they are, on every rank."""
         if self.annotate is not None:
-            batches = [self.annotate(batch) for batch in batches]
+            with self.timers.phase("reference"):
+                batches = [self.annotate(batch) for batch in batches]
         self.model.train()
         # With one micro-batch the scores come out of the training forward itself; with more, a scoring pass goes first.
         weights: Sequence[Tensor | None] = [None] * len(batches)
@@ -87,8 +91,10 @@ class TrainStep:
     def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[Tensor]:
         """Weights of all micro-batches, chosen together. Cost: one more forward pass."""
         needs_entropy = self.objective.needs_entropy
-        stats = [token_stats(self.model, batch, self.seq_length, entropy=needs_entropy) for batch in batches]
-        return self.objective.select(stats, batches, progress, self.groups.dp)
+        with self.timers.phase("forward"):
+            stats = [token_stats(self.model, batch, self.seq_length, entropy=needs_entropy) for batch in batches]
+        with self.timers.phase("select"):
+            return self.objective.select(stats, batches, progress, self.groups.dp)
 
     def _forward_step(
         self, work: Iterator[tuple[TokenBatch, Tensor | None]], model: DistributedDataParallel, *, progress: Progress
@@ -102,7 +108,8 @@ class TrainStep:
             if chosen is None and self.objective.selects_globally:
                 entropy = None if stats.entropy is None else stats.entropy.detach()
                 detached = TokenStats(stats.logprob.detach(), entropy)
-                (chosen,) = self.objective.select([detached], [batch], progress, self.groups.dp)
+                with self.timers.phase("select"):
+                    (chosen,) = self.objective.select([detached], [batch], progress, self.groups.dp)
             out = self.objective(stats, batch, chosen, progress)
             self.outputs.append((batch, out._replace(loss_sum=out.loss_sum.detach())))
             return out.loss_sum, out.num_tokens, {}
@@ -113,14 +120,16 @@ class TrainStep:
         """Clip and step, unless anything is not finite; the learning rate is that of the tokens this step has seen."""
         sums = self._reduce_metrics()
         found_inf = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        with self.timers.phase("grad_norm"):
+            grad_norm = float(self.optimizer.get_grad_norm())
         loss_sum, num_tokens = sums.pop("loss_sum")[0], sums.pop("num_tokens")[0]
         skipped = found_inf or not math.isfinite(grad_norm) or not math.isfinite(loss_sum)
         self.scheduler.step(increment=tokens_seen)
         if not skipped:
             clip = self.optimizer.config.clip_grad
             if clip > 0.0:
-                clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
+                with self.timers.phase("optimizer"):
+                    clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
             self.optimizer.step_with_ready_grads()
         return StepReport(
             loss_nats=loss_sum / num_tokens if num_tokens else 0.0,

@@ -84,6 +84,11 @@ BREAKS = [
         {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 3},
         "parallel.sequence_parallel",
     ),
+    (validate.profiled_steps_are_trained, {"profile.steps": [3, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [1, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [2, 9]}, "profile.steps"),  # 1000 tokens are 8 steps
+    (validate.profile_settings_are_used, {"profile.ranks": [1]}, "profile.ranks"),
+    (validate.profile_settings_are_used, {"profile.record": ["shapes"]}, "profile.record"),
     (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
     (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
@@ -121,12 +126,20 @@ def test_no_rule_is_without_a_test_that_breaks_it():
         {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 2},
         {"checkpoint.keep_every_steps": 6, "checkpoint.interval_steps": 2},
         {"data.valid": {"clean-docs_2": "x"}, "evaluation.interval_steps": 5},
+        {"profile.steps": [7, 8], "profile.ranks": [0, 1], "profile.record": ["shapes", "stacks"]},
         {"model.mcore": {"num_layers": 2}, "optimizer.mcore": {"overlap_param_gather": False}},
     ],
     ids=str,
 )
 def test_what_is_right_passes(values):
     assert validate.problems(make(**values)) == []
+
+
+def test_only_ranks_that_exist_are_profiled():
+    cfg = make(**{"profile.steps": [2, 3], "profile.ranks": [0, 4], "batch.micro_batch_size": 1})
+    assert validate.problems(cfg) == [] and validate.problems(cfg, world_size=8) == []
+    (message,) = validate.problems(cfg, world_size=4)
+    assert message.startswith("profile.ranks: got 4, expected ranks from 0 to 3")
 
 
 def test_all_rules_report_not_only_the_first():
