@@ -30,6 +30,8 @@ class StepProfiler:
         self._cfg, self._folder, self._runtime, self._timers = cfg, folder, runtime, timers
         self._profile: profile | None = None
         self._first, self._last = 0, 0
+        if cfg.steps is not None:
+            logger.info("steps %d to %d of ranks %s are to be traced to %s", *cfg.steps, cfg.ranks, folder)
         if cfg.steps is not None and runtime.rank in cfg.ranks:
             self._first, self._last = max(cfg.steps[0], done + 2), cfg.steps[1]
             if self._first > self._last:

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 
+from megarpt.config.schema import PretrainConfig
+from megarpt.device import runtime
 from megarpt.device.runtime import Runtime
-from megarpt.errors import StopRequested
+from megarpt.errors import DataError, StopRequested
 from megarpt.run import pretrain
+from megarpt.testing.distributed import spawn
+from megarpt.train.metrics_file import read_metrics
+from megarpt.train.run_report import read_run
 from megarpt.train.signals import StopSignal
 
 STEP_TOKENS = 8 * 64
@@ -82,6 +87,36 @@ def test_a_resumed_run_records_what_is_left_and_says_so_when_nothing_is(
     assert "are behind" not in caplog.text
     train(cfg)
     assert "profile.steps [4, 9] are behind: the run goes on from step 9" in caplog.text
+
+
+def test_a_trace_that_cannot_be_written_is_an_error_that_names_it(make_config, cpu_runtime: Runtime) -> None:
+    cfg = make_config(**{"profile": {"steps": [4, 5]}})
+    Path(cfg.run.dir).mkdir()
+    Path(cfg.run.dir, "profile").touch()
+    with pytest.raises(DataError, match=r"cannot write .*/profile/steps_00000004-00000005_rank0"):
+        pretrain.run(cfg, cpu_runtime)
+
+
+def pretrain_rank(cfg: PretrainConfig) -> int:
+    return pretrain.run(cfg, runtime.start("cpu"))
+
+
+def test_two_ranks_are_compared_and_traced_and_reported(make_config) -> None:
+    settings = {"logging": {"straggler_interval_steps": 4, "interval_steps": 3}, "profile": {"steps": [3, 4], "ranks": [1]}}
+    cfg = make_config(**settings)
+    assert spawn(2, pretrain_rank, cfg) == [0, 0]
+    assert list(traces(cfg)) == ["steps_00000003-00000004_rank1.pt.trace.json.gz"]
+    lines = list(read_metrics(Path(cfg.run.dir) / "metrics.jsonl", "train"))
+    compared = [line for line in lines if "time/rank_spread" in line]
+    assert [line["step"] for line in compared] == [6, 9, 12]  # of the comparisons at 4, 8 and 12
+    assert all(line["time/rank_spread"] >= 1.0 and line["time/slowest_rank"] in (0.0, 1.0) for line in compared)
+    (hosts,) = json.loads(Path(cfg.run.dir, "environment.json").read_text())["hosts"].values()
+    assert hosts == [0, 1]
+    report = read_run(Path(cfg.run.dir))
+    assert report.status == "finished" and report.problems == [] and report.stragglers["comparisons"] == 3
+    assert report.goodput is not None and 0.0 < report.goodput.share < 1.0
+    assert report.goodput.useful_s == pytest.approx(3 * sum(line["time/step_s"] for line in lines))
+    assert [c.step for c in report.checkpoints] == [12] and report.checkpoints[0].num_bytes
 
 
 def test_without_profile_steps_there_is_no_trace(make_config, train) -> None:
