@@ -143,6 +143,12 @@ def _show_config(args: argparse.Namespace) -> int | None:
     return EXIT_OK
 
 
+def _inspect_run(args: argparse.Namespace) -> int | None:
+    from megarpt.run import inspect_run
+
+    return inspect_run.run(args.folder, as_json=args.json, plot=args.plot)
+
+
 def _doctor(args: argparse.Namespace) -> int | None:
     from megarpt.run import doctor
 
@@ -286,6 +292,15 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_config(show, "?")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    inspect = command(
+        "inspect-run",
+        _inspect_run,
+        "report on a run folder: curve, speed, where the time went, restarts, stragglers, selection, checkpoints",
+        "megarpt inspect-run runs/rho1   # of a running, killed or finished run; loads no torch",
+    )
+    inspect.add_argument("folder", metavar="RUN_FOLDER", help="run.dir of the run")
+    inspect.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    inspect.add_argument("--plot", metavar="FILE", help="also draw loss and speed (.png, .svg, .pdf); needs matplotlib")
     doctor = command(
         "doctor",
         _doctor,

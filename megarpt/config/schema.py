@@ -229,8 +229,21 @@ class LoggingConfig(Section):
     """Write TensorBoard files to `<run.dir>/tensorboard`."""
     histogram_interval_steps: NonNegative = 100
     """Histograms and decoded samples in TensorBoard; 0 turns them off."""
+    straggler_interval_steps: NonNegative = 50
+    """Compare what the ranks need for their own work every this many steps; 0 never does."""
     wandb_project: Text | None = None
     """Also log to Weights & Biases (extra `wandb`)."""
+
+
+class ProfileConfig(Section):
+    """A trace of a few steps, written to `<run.dir>/profile`."""
+
+    steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step of the trace, such as [10, 12]; the step before them warms the profiler up. null: no trace."""
+    ranks: list[NonNegative] = Field(default=[0], min_length=1)
+    """Ranks that are recorded, each in a file of its own."""
+    record: list[Literal["shapes", "memory", "stacks"]] = Field(default_factory=list)
+    """Beyond names and times: shapes of operands, allocations, Python stacks. Each makes steps slower and files larger."""
 
 
 class PretrainConfig(Section):
@@ -247,6 +260,7 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
 
 class ScoreOptions(Section):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from megarpt.config.presets import ACTIVATIONS, PRESETS
-from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainConfig, Stream
+from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainConfig, ProfileConfig, Stream
 from megarpt.errors import ConfigError
 
 Rule = Callable[[PretrainConfig], str | None]
@@ -337,6 +337,29 @@ def param_gather_has_a_distributed_optimizer(cfg: PretrainConfig) -> str | None:
     )
 
 
+def profiled_steps_are_trained(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is None:
+        return None
+    first, last = cfg.profile.steps
+    steps = -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
+    if 2 <= first <= last <= steps:
+        return None
+    return (
+        f"profile.steps: got [{first}, {last}], expected a first and a last step from 2 (the step before the first warms the "
+        f"profiler up) to {steps}, the last one of the run"
+    )
+
+
+def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is not None:
+        return None
+    for name in ("ranks", "record"):
+        got = getattr(cfg.profile, name)
+        if got != ProfileConfig.model_fields[name].get_default(call_default_factory=True):
+            return f"profile.{name}: got {got}, which has no effect without profile.steps"
+    return None
+
+
 def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
     return _declared_twice("model", cfg.model.mcore)
 
@@ -376,6 +399,8 @@ RULES: tuple[Rule, ...] = (
     expert_parallel_has_experts,
     experts_with_tensor_parallel_have_sequence_parallel,
     param_gather_has_a_distributed_optimizer,
+    profiled_steps_are_trained,
+    profile_settings_are_used,
     mcore_model_keys_are_not_ours,
     mcore_optimizer_keys_are_not_ours,
 )
@@ -392,6 +417,7 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
     rules = list(RULES)
     if world_size is not None:
         rules.append(lambda each: _batch_fits_the_world(each, world_size))
+        rules.append(lambda each: _profiled_ranks_exist(each, world_size))
     found = []
     for rule in rules:
         try:
@@ -455,6 +481,13 @@ def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
             f"multiple of parallel.pipeline_model_parallel_size ({pp}), which the interleaved schedule needs"
         )
     return None
+
+
+def _profiled_ranks_exist(cfg: PretrainConfig, world_size: int) -> str | None:
+    missing = [rank for rank in cfg.profile.ranks if rank >= world_size]
+    if not missing:
+        return None
+    return f"profile.ranks: got {missing[0]}, expected ranks from 0 to {world_size - 1}, those of the run"
 
 
 def _decay_end(cfg: PretrainConfig) -> tuple[int, str]:

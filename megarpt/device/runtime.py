@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from megarpt.device import mcore_cpu, without_te
+from megarpt.device.clock import CudaClock, HostClock
 from megarpt.errors import ExtensionError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Runtime:
         """Wait until the device has finished what was queued."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def clock(self) -> CudaClock | HostClock:
+        """A clock of the device, for times that must not make it wait."""
+        return CudaClock() if self.is_cuda else HostClock()
 
     def peak_memory_bytes(self) -> int:
         """Largest memory held so far: allocator bytes on CUDA, resident set of the process on a CPU."""

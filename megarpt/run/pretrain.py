@@ -29,12 +29,15 @@ from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
 from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
+from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
 from megarpt.train.rundir import RunDir
 from megarpt.train.signals import StopSignal
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
+from megarpt.train.stragglers import StragglerWatch, rank_places, ranks_by_host
+from megarpt.train.timers import StepTimers, attach
 from megarpt.train.trainer import Trainer, total_steps
 from megarpt.train.weights import load_weights
 
@@ -50,7 +53,13 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     groups = layout.initialize(cfg.run.seed)
     is_writer = runtime.rank == 0
     has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
-    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
+    places = rank_places(stage=groups.collection.pp.rank())
+    facts = {
+        "device": runtime.device_name,
+        "world_size": runtime.world_size,
+        "backend": runtime.backend,
+        "hosts": ranks_by_host(places),
+    }
     with (
         RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=is_writer) as folder,
         StopSignal(runtime) as stop,
@@ -59,6 +68,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
         chunks = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
         optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
+        timers = StepTimers(runtime.clock())
+        attach(timers, chunks, optimizer)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
         batches = build_train_batches(
@@ -105,8 +116,10 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 console=terminal(),
                 is_writer=is_writer,
             ) as line,
+            StepProfiler(cfg.profile, folder.profile_dir, runtime, timers, done=resume.step if resume else 0) as profiler,
         ):
-            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference)
+            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, timers=timers)
+            perf = _perf_meter(cfg, runtime, parameters, folder, timers)
             trainer = Trainer(
                 cfg,
                 step,
@@ -126,7 +139,9 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 monitor=Monitor(
                     log,
                     line,
-                    _perf_meter(cfg, runtime, parameters, folder),
+                    perf,
+                    StragglerWatch(perf, places, runtime.device, interval_steps=cfg.logging.straggler_interval_steps),
+                    profiler,
                     BatchDumper(
                         folder.dump_dir,
                         runtime.rank,
@@ -166,7 +181,9 @@ def _online_reference(
     return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
 
 
-def _perf_meter(cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCount, folder: RunDir) -> PerfMeter:
+def _perf_meter(
+    cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCount, folder: RunDir, timers: StepTimers
+) -> PerfMeter:
     return PerfMeter(
         world_size=runtime.world_size,
         flops_per_token=flops_per_token(
@@ -174,4 +191,5 @@ def _perf_meter(cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCoun
         ),
         peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
         memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},
+        timers=timers,
     )

@@ -1,4 +1,4 @@
-"""What a run shows and records while it goes: metrics, progress line, speed, dumps, the run folder's verdict."""
+"""What a run shows and records while it goes: metrics, progress line, speed, stragglers, traces, dumps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
 from megarpt.train.dump import BatchDumper
 from megarpt.train.metrics import MetricLog
-from megarpt.train.perf import PerfMeter, Phase
+from megarpt.train.perf import Interlude, PerfMeter
+from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine, step_fields
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.state import TrainState
+from megarpt.train.stragglers import StragglerWatch
 
 Output = tuple[TokenBatch, ObjectiveOutput]
 
@@ -25,10 +27,12 @@ class Monitor:
     log: MetricLog
     line: ProgressLine
     perf: PerfMeter
+    stragglers: StragglerWatch
+    profiler: StepProfiler
     dumper: BatchDumper
     decode: Callable[[Sequence[int]], str]
 
-    def phase(self, name: Phase) -> AbstractContextManager[None]:
+    def phase(self, name: Interlude) -> AbstractContextManager[None]:
         """Around an evaluation, so that it does not count as training time."""
         return self.perf.phase(name)
 
@@ -51,8 +55,10 @@ class Monitor:
         """
         progress = state.progress
         self.perf.count_tokens(tokens)
-        due = self.log.is_due(progress.step) or report.skipped
-        extra = {**self.perf.scalars(), "optim/skipped_total": float(state.skipped_total)} if due else {}
+        self.stragglers.after_step(progress.step)
+        extra: dict[str, float] = {}
+        if self.log.is_due(progress.step) or report.skipped:
+            extra = {**self.perf.scalars(), **self.stragglers.scalars(), "optim/skipped_total": float(state.skipped_total)}
         self.log.step(report, progress, extra)
         self.line.update(progress.tokens_seen, step_fields(report, extra.get("mem/peak_bytes")))
         if report.skipped:
@@ -61,6 +67,7 @@ class Monitor:
             sample = first()
             if sample is not None:
                 self.log.tokens(*sample, self.decode, progress)
+        self.profiler.after_step(progress.step)
 
     def evaluation(self, results: Mapping[str, EvaluationResult], progress: Progress) -> None:
         """After all held-out corpora were evaluated."""

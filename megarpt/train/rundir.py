@@ -4,7 +4,7 @@
     environment.json   versions, git commit, host and command of the newest attempt
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
-    metrics.jsonl, tensorboard/, checkpoints/, dumps/   written by others
+    metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
 Only the writer rank touches the folder.
 """
@@ -66,6 +66,7 @@ _FREE_KEYS = (
     "evaluation",
     "checkpoint",
     "logging",
+    "profile",
 )
 
 
@@ -161,6 +162,10 @@ class RunDir:
     @property
     def dump_dir(self) -> Path:
         return self.path / "dumps"
+
+    @property
+    def profile_dir(self) -> Path:
+        return self.path / "profile"
 
     def record(self, progress: Progress, checkpoint: Path | None = None) -> None:
         """Remember where the run stands, for `exit.json`; costs nothing unless there is a new complete `checkpoint`.

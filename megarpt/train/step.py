@@ -26,6 +26,7 @@ from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, StepReport, TokenBatch, TokenStats
+from megarpt.train.timers import StepTimers
 
 Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
 Output = tuple[TokenBatch, ObjectiveOutput]
@@ -49,9 +50,10 @@ class TrainStep:
         groups: ProcessGroups,
         *,
         annotate: Annotate | None = None,
+        timers: StepTimers | None = None,
     ) -> None:
         self.chunks, self.objective, self.optimizer, self.scheduler = list(chunks), objective, optimizer, scheduler
-        self.groups, self.annotate = groups, annotate
+        self.groups, self.annotate, self.timers = groups, annotate, timers or StepTimers()
         self.outputs: list[Output] = []  # of the last step, for dumps, histograms and samples; empty before the last stage
         config = get_model_config(chunks[0])
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
@@ -60,7 +62,8 @@ class TrainStep:
     def __call__(self, batches: Sequence[TokenBatch], progress: Progress) -> StepReport:
         """Run the step; on a non-finite loss or gradient the parameters stay as they are, on every rank."""
         if self.annotate is not None:
-            batches = self.annotate(batches)
+            with self.timers.phase("reference"):
+                batches = self.annotate(batches)
         for chunk in self.chunks:
             chunk.train()
         # With one micro-batch the scores come out of the training forward itself; with more, a scoring pass goes first.
@@ -105,7 +108,8 @@ class TrainStep:
     def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[Tensor]:
         """Weights of all micro-batches, chosen together, on the last stage. Cost: one more forward pass."""
         stats = token_stats(self.chunks, batches, self.groups, entropy=self.objective.needs_entropy)
-        return self.objective.select(stats, batches, progress, self.groups.dp) if stats else []
+        with self.timers.phase("select"):
+            return self.objective.select(stats, batches, progress, self.groups.dp) if stats else []
 
     def _forward_step(
         self, work: Iterator[tuple[TokenBatch, Tensor | None]], model: torch.nn.Module, *, progress: Progress
@@ -123,7 +127,8 @@ class TrainStep:
             if chosen is None and self.objective.selects_globally:
                 entropy = None if stats.entropy is None else stats.entropy.detach()
                 detached = TokenStats(stats.logprob.detach(), entropy)
-                (chosen,) = self.objective.select([detached], [batch], progress, self.groups.dp)
+                with self.timers.phase("select"):
+                    (chosen,) = self.objective.select([detached], [batch], progress, self.groups.dp)
             out = self.objective(stats, batch, chosen, progress)
             self.outputs.append((batch, out._replace(loss_sum=out.loss_sum.detach())))
             # Every context-parallel rank computes the whole loss; its tokens must enter the division once.
@@ -136,12 +141,14 @@ class TrainStep:
         """Clip and step, unless anything is not finite; the learning rate is that of the tokens this step has seen."""
         sums = self._reduce_metrics()
         found_inf = self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+        with self.timers.phase("grad_norm"):
+            grad_norm = float(self.optimizer.get_grad_norm())
         loss_sum, num_tokens = sums.pop("loss_sum")[0], sums.pop("num_tokens")[0]
         skipped = found_inf or not math.isfinite(grad_norm) or not math.isfinite(loss_sum)
         self.scheduler.step(increment=tokens_seen)
         if not skipped:
-            self._clip(grad_norm)
+            with self.timers.phase("optimizer"):
+                self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()
         return StepReport(
             loss_nats=loss_sum / num_tokens if num_tokens else 0.0,

@@ -142,6 +142,11 @@ BREAKS = [
     ),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"batch_p2p_comm": True}}, "model.mcore.batch_p2p_comm"),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"overlap_p2p_comm": True}}, "model.mcore.overlap_p2p_comm"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [3, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [1, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [2, 9]}, "profile.steps"),  # 1000 tokens are 8 steps
+    (validate.profile_settings_are_used, {"profile.ranks": [1]}, "profile.ranks"),
+    (validate.profile_settings_are_used, {"profile.record": ["shapes"]}, "profile.record"),
     (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
     (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
@@ -189,11 +194,19 @@ def test_no_rule_is_without_a_test_that_breaks_it():
             "parallel.overlap_param_gather": True,
         },
         {"model.mcore": {"num_layers": 2}, "optimizer.mcore": {"log_num_zeros_in_grad": False}},
+        {"profile.steps": [7, 8], "profile.ranks": [0, 1], "profile.record": ["shapes", "stacks"]},
     ],
     ids=str,
 )
 def test_what_is_right_passes(values):
     assert validate.problems(make(**values)) == []
+
+
+def test_only_ranks_that_exist_are_profiled():
+    cfg = make(**{"profile.steps": [2, 3], "profile.ranks": [0, 4], "batch.micro_batch_size": 1})
+    assert validate.problems(cfg) == [] and validate.problems(cfg, world_size=8) == []
+    (message,) = validate.problems(cfg, world_size=4)
+    assert message.startswith("profile.ranks: got 4, expected ranks from 0 to 3")
 
 
 def test_all_rules_report_not_only_the_first():
