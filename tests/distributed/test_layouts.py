@@ -21,9 +21,10 @@ from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.structs import Progress, TokenBatch
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
+from megarpt.testing.shards import write_sharded
 from megarpt.train.optimizer import build_optimizer
 from megarpt.train.reference import OnlineReference
-from megarpt.train.sharded import load_sharded, save_sharded, save_strategy
+from megarpt.train.sharded import load_sharded
 from megarpt.train.step import TrainStep
 
 VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH, STEPS = 300, 32, 16, 4, 6
@@ -137,9 +138,7 @@ def weights_from_one_process(chunks: list[torch.nn.Module], folder: Path) -> Non
     """The first process to come here writes its weights, the others read them."""
     sharded = {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
     if not folder.exists():
-        assert torch.distributed.get_world_size() == 1
-        folder.mkdir(parents=True)
-        save_sharded(sharded, folder, save_strategy(torch.distributed.group.WORLD))
+        write_sharded(sharded, folder)
         return
     loaded = load_sharded(sharded, folder, what="model", differences={}, same_vocabulary=True)
     for i, chunk in enumerate(chunks):

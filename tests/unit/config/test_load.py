@@ -122,7 +122,7 @@ lr: 3
         "override train.lrr=3: train.lrr: unknown key (got 3); did you mean optimizer.lr?",
         f"override parallel=2: parallel: got 2, expected a section with the keys {', '.join(ParallelConfig.model_fields)}",
         f"{path}:20: checkpoint: got null, "
-        "expected a section with the keys interval_steps, keep_last, keep_every_steps, resume",
+        "expected a section with the keys interval_steps, keep_last, keep_every_steps, async_save, resume",
         f"{path}:9: optimizr: unknown key (got a section with the keys lr); did you mean optimizer?",
         f"{path}:21: lr: unknown key (got 3); did you mean optimizer.lr?",
         f"{path}:13: batch.global_batch_size: got 8, expected a multiple of batch.micro_batch_size (3)",

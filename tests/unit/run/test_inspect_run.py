@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
     even = slow | {"time/slowest_rank": 1.0, "time/rank_spread": 1.1}
     for step in (12, 14, 16, 18):
         kept.append(train_line(step, 1, 145 + 2 * (step - 10), 2.0, **(even if step == 16 else slow)))
-    selected = {"select/kept_fraction": 0.6, "select/kept_loss_nats": 4.0, "select/threshold": 0.5, "time/save_s": 5.0}
+    selected = {"select/kept_fraction": 0.6, "select/kept_loss_nats": 4.0, "select/threshold": 0.5, "time/save_stall_s": 5.0}
     kept.append(train_line(20, 2, 178, 2.0, **selected))
     kept.append(
         {**valid, "sys/restarts": 2.0, "step": 20, "tokens/seen": 1600, "valid/clean/loss_nats": 4.0, "time/valid/clean_s": 3.0}

@@ -12,9 +12,10 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megarpt.device.runtime import Runtime
+from megarpt.testing.shards import write_sharded
 from megarpt.train.checkpoint_files import MODEL, TRAINING
 from megarpt.train.comparison import compare_lines, compare_objects, compare_tensors, tensor_difference
-from megarpt.train.sharded import content_hash, read_objects, read_tensor, save_sharded, save_strategy, tensor_names
+from megarpt.train.sharded import content_hash, read_objects, read_tensor, tensor_names
 
 LINE = {"kind": "train", "step": 3, "data/order": "ab", "train/loss_nats": 2.5, "optim/grad_norm": math.nan, "time/step_s": 1.0}
 
@@ -36,8 +37,7 @@ def write(tmp_path: Path, one_rank: Any) -> Write:
             },
         }
         for part, content in parts.items():
-            (tmp_path / name / part).mkdir(parents=True)
-            save_sharded(content, tmp_path / name / part, save_strategy(one_rank.dp))
+            write_sharded(content, tmp_path / name / part)
         return tmp_path / name
 
     return make
