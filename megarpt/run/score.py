@@ -160,10 +160,11 @@ def _score(
         totals = writer.finish()
         hashes = {"bin_sha256": totals.bin_sha256, "idx_sha256": totals.idx_sha256}
         writer.publish(target.manifest.model_copy(update=hashes))
-        logger.info("wrote %s: %s of %d tokens", target.prefix, target.stream, totals.num_values)
     if is_writer:
         journal.remove()
     dist.barrier()
+    for target in targets:
+        logger.info("wrote %s: %s of %d tokens", target.prefix, target.stream, dataset.num_tokens)
 
 
 def _open_writer(target: _Target, dataset: WindowDataset, windows_done: int) -> CorpusWriter:
