@@ -6,6 +6,7 @@ Handlers import what they need when they are called, so `--help` and `show-confi
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
 from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
-from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
+from megarpt.errors import EXIT_CONFIG, EXIT_OK, EXIT_RESUMABLE, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f" [rank {rank}]" if rank else ""
             sys.stderr.write(f"megarpt{where}: {type(error).__name__}: {error}\n")
         logger.debug("where it was raised", exc_info=True)
-        return error.exit_code
+        return _report_exit(error, rank)
     except KeyboardInterrupt:
         sys.stderr.write("megarpt: interrupted\n")
         return _EXIT_INTERRUPTED
@@ -111,8 +112,11 @@ def _show_config(args: argparse.Namespace) -> int | None:
         return EXIT_OK
     if args.config is None:
         raise ConfigError("show-config: no CONFIG.yaml given; name one, or use --help-fields")
-    cfg = load_config(args.config, args.overrides)
-    sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
+    cfg = load_config(args.config, args.overrides, world_size=args.world_size)
+    if args.value is not None:
+        sys.stdout.write(f"{_value(cfg, args.value)}\n")
+    else:
+        sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
     return EXIT_OK
 
 
@@ -134,6 +138,37 @@ def _machine(device: Device) -> Iterator[Runtime]:
     started = runtime.start(device)
     yield started
     started.close()  # not after an error: peers may be inside a collective, and leaving the group could wait for them
+
+
+def _report_exit(error: MegarptError, rank: int) -> int:
+    """The code to leave with, also written to the file that a launcher named in MEGARPT_EXIT_FILE.
+
+    torchrun ends with 1 whatever its workers say, so a batch script that must tell one end from another names a file. The
+    first rank to fail writes it. A stop that was asked for is then no failure of the process: with any other code than 0
+    torchrun would take the other ranks down while they are still leaving.
+    """
+    path = os.environ.get("MEGARPT_EXIT_FILE")
+    if not path:
+        return error.exit_code
+    record = {"exit_code": error.exit_code, "rank": rank, "error": f"{type(error).__name__}: {error}"}
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(record, file)
+    except FileExistsError:
+        pass
+    except OSError as failure:
+        sys.stderr.write(f"megarpt: MEGARPT_EXIT_FILE: cannot write {path}: {failure.strerror}\n")
+    return EXIT_OK if error.exit_code == EXIT_RESUMABLE else error.exit_code
+
+
+def _value(cfg: PretrainConfig, key: str) -> str:
+    """One value of a resolved configuration, as a shell script wants it."""
+    value: object = cfg.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ConfigError(f"--value: got {key!r}, expected a key such as run.dir; `show-config --help-fields` lists all")
+        value = value[part]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _place_in_world() -> tuple[int, int]:
@@ -236,6 +271,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "megarpt show-config examples/rho1/config.yaml optimizer.lr=3e-4\n  megarpt show-config --help-fields",
     )
     _add_config(show, "?")
+    show.add_argument("--value", metavar="KEY", help="print only this value, for example run.dir")
+    show.add_argument("--world-size", type=int, metavar="N", help="check also whether it fits this number of ranks")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
     doctor = command(
