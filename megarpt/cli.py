@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions, SubmitOptions
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, EXIT_RESUMABLE, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -118,6 +118,14 @@ def _show_config(args: argparse.Namespace) -> int | None:
     else:
         sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
     return EXIT_OK
+
+
+def _submit(args: argparse.Namespace) -> int | None:
+    options = _options(SubmitOptions, args, sbatch=tuple(args.sbatch))
+    cfg = load_config(args.config, args.overrides, world_size=options.nodes * options.ranks())
+    from megarpt.run import submit
+
+    return submit.run(cfg, options)
 
 
 def _doctor(args: argparse.Namespace) -> int | None:
@@ -275,6 +283,14 @@ def _build_parser() -> argparse.ArgumentParser:
     show.add_argument("--world-size", type=int, metavar="N", help="check also whether it fits this number of ranks")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    submit = command(
+        "submit",
+        _submit,
+        "submit a pretraining run to Slurm",
+        "megarpt submit examples/rho1/config.yaml optimizer.lr=3e-4 --nodes 4 --time 24:00:00",
+    )
+    _add_config(submit, None)
+    _add_submit(submit)
     doctor = command(
         "doctor",
         _doctor,
@@ -343,3 +359,16 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="default: 1234")
     parser.add_argument("--num-samples", type=int, metavar="N", help="continuations to write (default: 1)")
     _add_device(parser)
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the cluster")
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="of one allocation: minutes, H:M:S or D-H:M:S")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: 8; 0 trains on CPUs")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="processes on each node (default: one a GPU, or one)")
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument("--account", metavar="NAME", help="default: yours")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="=--OPTION=VALUE", help="repeatable: another option, as sbatch takes it"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the script; submit and write nothing")

@@ -14,7 +14,7 @@ ATTEMPT=${SLURM_RESTART_COUNT:-0}
 STEP=      # process id of the srun that works
 STOPPING=  # set once USR1 came
 JOB_DIR=   # what this job writes about itself
-SIGNAL_AGAIN_S=20
+SIGNAL_AGAIN_S=5
 
 say() { echo "[$(date +%FT%T%z)] $SLURM_JOB_NAME $SLURM_JOB_ID: $*"; }
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import dump_resolved, load_config
 from megarpt.config.presets import PRESETS
-from megarpt.config.schema import EvaluateOptions, GenerateOptions, ObjectiveConfig, PretrainConfig, ScoreOptions
+from megarpt.config.schema import EvaluateOptions, GenerateOptions, ObjectiveConfig, PretrainConfig, ScoreOptions, SubmitOptions
 from megarpt.config.validate import STREAM_OF_SCORER
 from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
@@ -44,7 +44,7 @@ def examples():
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions])
+@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions, SubmitOptions])
 def test_every_config_field_has_a_documentation_line(model):
     assert [field.key for field in iter_fields(model) if not field.doc.endswith((".", ")", "`"))] == []
 

@@ -34,6 +34,7 @@ TORCH_CUDA = {
 ENVIRONMENT = {
     "megarpt/cli.py": "rank and world size, before torch is loaded, and the file for the exit code",
     "megarpt/device/": "the local rank torchrun gives",
+    "megarpt/testing/slurm.py": "the environment of a throw-away cluster",
     "megarpt/testing/distributed.py": "plays torchrun for the ranks of a test",
 }
 

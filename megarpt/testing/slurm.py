@@ -1,7 +1,7 @@
 """A throw-away Slurm of pretended nodes on this machine, for trying the scripts of `slurm/`.
 
-    python tests/slurm/cluster.py up DIR [NODES]    prints what to put into the environment
-    python tests/slurm/cluster.py down DIR          ends exactly the daemons that `up` started
+    python -m megarpt.testing.slurm up DIR [NODES]    prints what to put into the environment
+    python -m megarpt.testing.slurm down DIR          ends exactly the daemons that `up` started
 
 Needs root and Debian's slurm-wlm; no systemd, no munge, no cgroups. Every node pretends to have 96 cores and 8 GPUs, and
 jobs that together ask for less run side by side.
@@ -206,16 +206,17 @@ def _kill(pid: int) -> None:
 
 
 def main() -> None:
-    verb, folder = sys.argv[1], Path(sys.argv[2]).absolute()
-    if verb == "up":
-        reason = missing()
-        if reason:
-            sys.exit(reason)
-        cluster = Cluster(folder, int(sys.argv[3]) if len(sys.argv) > 3 else 2).up()
-        print(cluster.run("sinfo", "-N", "-o", "%N %T %c cores, %m MB, %G"))
-        print(f"export SLURM_CONF={folder}/slurm.conf")
-    else:
-        Cluster(folder, 0).down()
+    """The command line."""
+    verb, folder, *more = sys.argv[1:]
+    if verb == "down":
+        Cluster(Path(folder).absolute(), 0).down()
+        return
+    reason = missing()
+    if reason:
+        raise SystemExit(reason)
+    cluster = Cluster(Path(folder).absolute(), int(more[0]) if more else 2).up()
+    nodes = cluster.run("sinfo", "-N", "-o", "%N %T, %c cores, %m MB, %G")
+    sys.stdout.write(f"{nodes}\nexport SLURM_CONF={cluster.environment['SLURM_CONF']}\n")
 
 
 if __name__ == "__main__":
