@@ -166,6 +166,7 @@ def _report_exit(error: MegarptError, rank: int) -> int:
         pass
     except OSError as failure:
         sys.stderr.write(f"megarpt: MEGARPT_EXIT_FILE: cannot write {path}: {failure.strerror}\n")
+        return error.exit_code  # unheard, a stop must not look like the end
     return EXIT_OK if error.exit_code == EXIT_RESUMABLE else error.exit_code
 
 
@@ -369,6 +370,10 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
     parser.add_argument("--account", metavar="NAME", help="default: yours")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="=--OPTION=VALUE", help="repeatable: another option, as sbatch takes it"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION=VALUE",
+        help="repeatable: another option, as sbatch takes it",
     )
     parser.add_argument("--dry-run", action="store_true", help="show the script; submit and write nothing")

@@ -8,8 +8,9 @@
 export MEGARPT_HOME=${MEGARPT_HOME:-$SLURM_SUBMIT_DIR}
 
 # Flags that srun passes to pyxis, for example
-#   MEGARPT_CONTAINER="--container-image=/images/megarpt.sqsh --container-mounts=/data,/home"
-# Empty: the tasks run on the nodes themselves. The repository, the data and the run folder must be mounted at their own paths.
+#   MEGARPT_CONTAINER="--container-image=/images/megarpt.sqsh --container-mounts=/data,/home --container-workdir=$PWD"
+# Empty: the tasks run on the nodes themselves. The repository, the data and the run folder must be mounted at their own paths,
+# and the working folder must be the one outside, because configurations hold relative paths.
 export MEGARPT_CONTAINER=${MEGARPT_CONTAINER:-}
 
 # The Python of the tasks; in a container, the container's.

@@ -47,7 +47,7 @@ on_first_node() {
 
 # begin_attempt FOLDER [RUN_DIR]: from here on the job keeps its records in FOLDER.
 begin_attempt() {
-    JOB_DIR=$1
+    JOB_DIR=$(realpath -m "$1")
     RECORD=("$JOB_DIR" ${2:+--run-dir "$2"} --attempt "$ATTEMPT")
     mkdir -p "$JOB_DIR"
     python3 "$MEGARPT_HOME/slurm/requeue.py" begin "${RECORD[@]}" --nodes "$SLURM_JOB_NODELIST"

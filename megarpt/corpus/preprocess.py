@@ -110,7 +110,9 @@ def share(files: Sequence[InputFile], number: int, count: int) -> Sequence[Input
         ConfigError: there are fewer files than jobs.
     """
     if count > len(files):
-        raise ConfigError(f"--part {number}/{count}: got {len(files)} input files, expected at least one for each of {count} parts")
+        raise ConfigError(
+            f"--part {number}/{count}: got {len(files)} input files, expected at least one for each of {count} parts"
+        )
     return files[number * len(files) // count : (number + 1) * len(files) // count]
 
 

@@ -141,7 +141,9 @@ def _sbatch_option(text: str) -> tuple[str, str]:
 def _check_devices(cfg: PretrainConfig, options: SubmitOptions) -> None:
     device, gpus, ranks = cfg.run.device, options.gpus_per_node, options.ranks()
     if device == "cpu" and gpus:
-        raise ConfigError(f"--gpus-per-node: got {gpus}, but run.device is cpu and would leave them idle; use --gpus-per-node 0")
+        raise ConfigError(
+            f"--gpus-per-node: got {gpus}, but run.device is cpu and would leave them idle; use --gpus-per-node 0"
+        )
     if device == "cuda" and not gpus:
         raise ConfigError("--gpus-per-node: got 0, but run.device is cuda; ask for GPUs or set run.device=cpu")
     if gpus and ranks > gpus:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
@@ -114,7 +115,7 @@ class Cluster:
             pid = int(path.read_text())
             if _command(pid).startswith("slurm"):
                 os.kill(pid, signal.SIGTERM)
-                self.wait(lambda pid=pid: not _command(pid), f"the end of {path.stem}")
+                self.wait(partial(_is_gone, pid), f"the end of {path.stem}")
         for pid in self._processes():
             _kill(pid)
 
@@ -142,7 +143,9 @@ class Cluster:
         """Look until it is so."""
         deadline = time.monotonic() + patience_s
         while not is_reached():
-            assert time.monotonic() < deadline, f"waited {patience_s:g} s for {what}; the daemons' logs are in {self.folder}/log"
+            assert time.monotonic() < deadline, (
+                f"waited {patience_s:g} s for {what}; the daemons' logs are in {self.folder}/log"
+            )
             time.sleep(0.2)
 
     def _env(self) -> dict[str, str]:
@@ -157,7 +160,9 @@ class Cluster:
                 environment = (path / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            names = [each.removeprefix(b"SLURMD_NODENAME=").decode() for each in environment if each.startswith(b"SLURMD_NODENAME=")]
+            names = [
+                each.removeprefix(b"SLURMD_NODENAME=").decode() for each in environment if each.startswith(b"SLURMD_NODENAME=")
+            ]
             ours = f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment
             if ours and names and node in (None, names[0]):
                 tasks.append(int(path.name))
@@ -189,6 +194,10 @@ def _command(pid: int) -> str:
     except OSError:
         return ""
     return "" if state == "Z" else Path(command.split(" ")[0]).name
+
+
+def _is_gone(pid: int) -> bool:
+    return not _command(pid)
 
 
 def _parent(pid: int) -> int:

@@ -296,7 +296,10 @@ def test_inputs_that_change_meanwhile(tmp_path: Path, write_jsonl: Callable[...,
 def test_two_at_once(tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "_LOCK_WAIT_S", 0.2)
     partial(tmp_path / "c").mkdir()
-    with preprocess.locked_folder(partial(tmp_path / "c")), pytest.raises(ConfigError, match="another process is making this corpus"):
+    with (
+        preprocess.locked_folder(partial(tmp_path / "c")),
+        pytest.raises(ConfigError, match="another process is making this corpus"),
+    ):
         run(write_jsonl(TEXTS), tmp_path / "c")
     run(write_jsonl(TEXTS), tmp_path / "c")
 
