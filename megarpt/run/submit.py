@@ -54,8 +54,8 @@ def run(cfg: PretrainConfig, options: SubmitOptions) -> int:
     job = _submit(path)
     sys.stdout.write(
         f"job {job}: {options.nodes} nodes, {options.ranks()} ranks each, {options.time}\n"
-        + (f"  Slurm says   {estimate}\n" if estimate else "")
-        + f"  queue        squeue --jobs {job}\n"
+        f"  Slurm says   {estimate}\n"
+        f"  queue        squeue --jobs {job}\n"
         f"  log          {folder}/{job}.log\n"
         f"  run folder   {folder.parent}\n"
         f"  attempts     {folder}/{job}/attempts.jsonl\n"
@@ -167,7 +167,7 @@ def _try(script: str) -> str:
     answer = _sbatch("--test-only", text=script)
     if answer.returncode:
         raise ConfigError(f"Slurm refuses this job:\n  {answer.stderr.strip()}\nchange the options; nothing was submitted")
-    return answer.stderr.strip().partition("sbatch: ")[2]
+    return re.sub(r"^sbatch: Job \d+ ", "", answer.stderr.strip())  # the number is not the one it will get
 
 
 def _submit(path: Path) -> str:

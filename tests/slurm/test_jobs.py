@@ -202,12 +202,41 @@ def test_a_corpus_made_by_an_array_has_the_bytes_of_one_process(world: World) ->
 
 
 def test_parts_of_another_array_are_not_joined(world: World) -> None:
+    empty = world.sbatch("--cpus-per-task=1", "--mem=1G", str(ROOT / "slurm/preprocess.sbatch"), "nothing/web")
     (world.folder / "mixed").mkdir()
     for name in ("00000-of-00002", "00001-of-00002", "00000-of-00003"):
         (world.folder / f"mixed/web.part-{name}.json").touch()
     job = world.sbatch("--cpus-per-task=1", "--mem=1G", str(ROOT / "slurm/preprocess.sbatch"), "mixed/web")
     assert world.end(job)["ExitCode"] == "79:0"
     assert "got 3 finished parts, expected" in world.log(job)
+    assert world.end(empty)["ExitCode"] == "79:0" and "got 0 finished parts" in world.log(empty)
+
+
+def test_a_share_that_was_stopped_before_its_time_limit_goes_on(world: World) -> None:
+    """The tool is told with TERM, and its 75 brings the job back; a stand-in waits so that it can be told."""
+    waits = world.program(
+        "waits",
+        'if [ "$SLURM_ARRAY_TASK_ID" = 0 ] && [ -z "${SLURM_RESTART_COUNT:-}" ]; then\n'
+        "  trap 'exit 75' TERM; touch waiting; while true; do sleep 0.1; done\nfi",
+    )
+    (world.folder / "more").mkdir()
+    for number in range(2):
+        (world.folder / f"more/{number}.jsonl").write_text('{"text": "a"}\n')
+    arguments = ["stopped/web", "--input", "more/*.jsonl", "--tokenizer", "bytes"]
+    job = world.sbatch(
+        "--cpus-per-task=1",
+        "--mem=1G",
+        "--array=0-1",
+        str(ROOT / "slurm/preprocess.sbatch"),
+        *arguments,
+        MEGARPT_PYTHON=waits,
+    )
+    first = f"{job}_0"
+    world.cluster.wait((world.folder / "waiting").exists, "the first share", PATIENCE_S)
+    world.cluster.run("scancel", "--batch", "--signal=USR1", first)
+    world.cluster.wait(lambda: world.cluster.job(first)["Restarts"] == "1", "its return to the queue", PATIENCE_S)
+    assert world.end(first)["JobState"] == "COMPLETED"
+    assert len(list((world.folder / "stopped").glob("web.part-*.json"))) == 2
 
 
 def test_a_wrong_configuration_is_not_tried_again(world: World, jobs: dict[str, str]) -> None:

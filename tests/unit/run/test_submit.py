@@ -77,7 +77,7 @@ def test_what_is_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (config,) = folder.glob("config-*.yaml")
     assert f"set -- {config}\n" in script and load_config(config).optimizer.lr == 1e-3
     said = capsys.readouterr().out
-    for word in ("job 42", "Job 41 to start at noon", f"{folder}/42.log", "squeue --jobs 42", "tensorboard"):
+    for word in ("job 42", "says   to start at noon", f"{folder}/42.log", "squeue --jobs 42", "tensorboard"):
         assert word in said
 
 
