@@ -54,6 +54,8 @@ SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=2,sched_interval=2
 GresTypes=gpu
 JobRequeue=1
+# Jobs that ended can be asked about as long as the cluster lives.
+MinJobAge=86400
 KillWait=10
 SlurmctldTimeout=20
 # A node that does not answer for this long is dead, and its jobs are requeued.
