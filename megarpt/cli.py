@@ -6,6 +6,7 @@ Handlers import what they need when they are called, so `--help` and `show-confi
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -23,9 +24,10 @@ from megarpt.config.schema import (
     GenerateOptions,
     PretrainConfig,
     ScoreOptions,
+    SubmitOptions,
     VerifyResumeOptions,
 )
-from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
+from megarpt.errors import EXIT_CONFIG, EXIT_OK, EXIT_RESUMABLE, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f" [rank {rank}]" if rank else ""
             sys.stderr.write(f"megarpt{where}: {type(error).__name__}: {error}\n")
         logger.debug("where it was raised", exc_info=True)
-        return error.exit_code
+        return _report_exit(error, rank)
     except KeyboardInterrupt:
         sys.stderr.write("megarpt: interrupted\n")
         return _EXIT_INTERRUPTED
@@ -138,8 +140,11 @@ def _show_config(args: argparse.Namespace) -> int | None:
         return EXIT_OK
     if args.config is None:
         raise ConfigError("show-config: no CONFIG.yaml given; name one, or use --help-fields")
-    cfg = load_config(args.config, args.overrides)
-    sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
+    cfg = load_config(args.config, args.overrides, world_size=args.world_size)
+    if args.value is not None:
+        sys.stdout.write(f"{_value(cfg, args.value)}\n")
+    else:
+        sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
     return EXIT_OK
 
 
@@ -147,6 +152,14 @@ def _inspect_run(args: argparse.Namespace) -> int | None:
     from megarpt.run import inspect_run
 
     return inspect_run.run(args.folder, as_json=args.json, plot=args.plot)
+
+
+def _submit(args: argparse.Namespace) -> int | None:
+    options = _options(SubmitOptions, args, sbatch=tuple(args.sbatch))
+    cfg = load_config(args.config, args.overrides, world_size=options.nodes * options.ranks())
+    from megarpt.run import submit
+
+    return submit.run(cfg, options)
 
 
 def _doctor(args: argparse.Namespace) -> int | None:
@@ -167,6 +180,38 @@ def _machine(device: Device) -> Iterator[Runtime]:
     started = runtime.start(device)
     yield started
     started.close()  # not after an error: peers may be inside a collective, and leaving the group could wait for them
+
+
+def _report_exit(error: MegarptError, rank: int) -> int:
+    """The code to leave with, also written to the file that a launcher named in MEGARPT_EXIT_FILE.
+
+    torchrun ends with 1 whatever its workers say, so a batch script that must tell one end from another names a file. The
+    first rank to fail writes it. A stop that was asked for is then no failure of the process: with any other code than 0
+    torchrun would take the other ranks down while they are still leaving.
+    """
+    path = os.environ.get("MEGARPT_EXIT_FILE")
+    if not path:
+        return error.exit_code
+    record = {"exit_code": error.exit_code, "rank": rank, "error": f"{type(error).__name__}: {error}"}
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(record, file)
+    except FileExistsError:
+        pass
+    except OSError as failure:
+        sys.stderr.write(f"megarpt: MEGARPT_EXIT_FILE: cannot write {path}: {failure.strerror}\n")
+        return error.exit_code  # unheard, a stop must not look like the end
+    return EXIT_OK if error.exit_code == EXIT_RESUMABLE else error.exit_code
+
+
+def _value(cfg: PretrainConfig, key: str) -> str:
+    """One value of a resolved configuration, as a shell script wants it."""
+    value: object = cfg.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ConfigError(f"--value: got {key!r}, expected a key such as run.dir; `show-config --help-fields` lists all")
+        value = value[part]
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _place_in_world() -> tuple[int, int]:
@@ -290,6 +335,8 @@ def _build_parser() -> argparse.ArgumentParser:
         "megarpt show-config examples/rho1/config.yaml optimizer.lr=3e-4\n  megarpt show-config --help-fields",
     )
     _add_config(show, "?")
+    show.add_argument("--value", metavar="KEY", help="print only this value, for example run.dir")
+    show.add_argument("--world-size", type=int, metavar="N", help="check also whether it fits this number of ranks")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
     inspect = command(
@@ -301,6 +348,14 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", metavar="RUN_FOLDER", help="run.dir of the run")
     inspect.add_argument("--json", action="store_true", help="one JSON object on standard output")
     inspect.add_argument("--plot", metavar="FILE", help="also draw loss and speed (.png, .svg, .pdf); needs matplotlib")
+    submit = command(
+        "submit",
+        _submit,
+        "submit a pretraining run to Slurm",
+        "megarpt submit examples/rho1/config.yaml optimizer.lr=3e-4 --nodes 4 --time 24:00:00",
+    )
+    _add_config(submit, None)
+    _add_submit(submit)
     doctor = command(
         "doctor",
         _doctor,
@@ -385,3 +440,20 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="default: 1234")
     parser.add_argument("--num-samples", type=int, metavar="N", help="continuations to write (default: 1)")
     _add_device(parser)
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes of the cluster")
+    parser.add_argument("--time", required=True, metavar="LIMIT", help="of one allocation: minutes, H:M:S or D-H:M:S")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="default: 8; 0 trains on CPUs")
+    parser.add_argument("--ranks-per-node", type=int, metavar="N", help="processes on each node (default: one a GPU, or one)")
+    parser.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    parser.add_argument("--account", metavar="NAME", help="default: yours")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="=--OPTION=VALUE",
+        help="repeatable: another option, as sbatch takes it",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the script; submit and write nothing")

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megarpt.corpus.console import ToolParser, non_negative, positive, run_tool, stop_signals
+from megarpt.corpus.console import ToolParser, non_negative, part, positive, run_tool, stop_signals
 from megarpt.corpus.preprocess import PreprocessOptions, preprocess
 from megarpt.corpus.readers import ReadOptions
 
@@ -41,6 +41,13 @@ def parser() -> ToolParser:
     )
     group.add_argument(
         "--max-document-mb", type=positive, default=64, metavar="MB", help="longer documents are malformed (default: 64)"
+    )
+    group.add_argument(
+        "--part",
+        type=part,
+        default=(0, 1),
+        metavar="I/N",
+        help="only share I (from 0) of N of the files; tools/merge_corpora.py joins the N corpora (default: all of them)",
     )
     group = parser.add_argument_group("how it is tokenized")
     group.add_argument(
@@ -86,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shard_bytes=args.shard_mb << 20,
         backend=args.backend,
         restart=args.restart,
+        part=args.part,
     )
     with stop_signals() as stop:
         preprocess(options, stop)

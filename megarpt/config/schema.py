@@ -352,3 +352,28 @@ class ExportOptions(Section):
     """Run folder or checkpoint."""
     output: Text
     """The folder to make."""
+
+
+class SubmitOptions(Section):
+    """`megarpt submit`."""
+
+    nodes: Positive
+    """Nodes of the cluster."""
+    time: Text
+    """Time limit of one allocation, as Slurm writes it; the job is requeued until the run is finished."""
+    gpus_per_node: NonNegative = 8
+    """GPUs of each node; 0 trains on CPUs."""
+    ranks_per_node: Positive | None = None
+    """Processes on each node; null is one for each GPU, or one where there are none."""
+    partition: Text | None = None
+    """Slurm's partition; null takes the cluster's default."""
+    account: Text | None = None
+    """Slurm's account; null takes the user's default."""
+    sbatch: tuple[str, ...] = ()
+    """More options of sbatch, each with its two dashes; they win over the script's own."""
+    dry_run: bool = False
+    """Show the script; submit and write nothing."""
+
+    def ranks(self) -> int:
+        """Processes on each node."""
+        return self.ranks_per_node or self.gpus_per_node or 1

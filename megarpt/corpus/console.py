@@ -70,6 +70,14 @@ def non_negative(text: str) -> int:
     return int(text)
 
 
+def part(text: str) -> tuple[int, int]:
+    """An argparse type: I/N, the number of a share from 0 and the count of shares."""
+    number, _, count = text.partition("/")
+    if not number.isdigit() or not count.isdigit() or int(number) >= int(count):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected I/N with I from 0 to N-1, for example 0/16")
+    return int(number), int(count)
+
+
 class StopSignal:
     """Whether SIGINT or SIGTERM came; jobs look at it where stopping loses nothing."""
 

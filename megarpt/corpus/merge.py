@@ -19,6 +19,7 @@ from megarpt.corpus.atomic import require_free_bytes, write_errors
 from megarpt.corpus.console import ProgressLine, StopSignal
 from megarpt.corpus.indexed import CorpusIndex, HashingFile, bin_path, idx_path, manifest_path, publish_ready, write_index
 from megarpt.corpus.manifest import CorpusManifest, verify_corpus
+from megarpt.corpus.preprocess import JOB, locked_folder
 from megarpt.corpus.worker import MALFORMED_KEPT
 from megarpt.errors import ConfigError, DataError
 
@@ -46,6 +47,7 @@ def merge(prefixes: Sequence[str], output_prefix: str, stop: StopSignal, *, over
     folder = Path(f"{output}.partial")
     with write_errors(folder):
         folder.mkdir(exist_ok=True)
+    with write_errors(folder), locked_folder(folder):
         names = {part: folder / f"{output.name}.{part}" for part in ("bin.tmp", "idx.tmp", "json.ready")}
         try:
             with ProgressLine("merging", total) as progress:
@@ -58,7 +60,7 @@ def merge(prefixes: Sequence[str], output_prefix: str, stop: StopSignal, *, over
                 os.fsync(file.fileno())
             publish_ready(output, folder)
         finally:
-            for path in names.values():
+            for path in (*names.values(), folder / "lock"):
                 path.unlink(missing_ok=True)
             folder.rmdir()
     logger.info(
@@ -85,7 +87,7 @@ def _check_names(prefixes: Sequence[str], output_prefix: str, *, overwrite: bool
     there = [path for path in (bin_path(output_prefix), idx_path(output_prefix), manifest_path(output_prefix)) if path.exists()]
     if there and not overwrite:
         raise ConfigError(f"{there[0]}: is there already; choose another --output-prefix, or pass --overwrite")
-    if Path(f"{output_prefix}.partial").exists():
+    if Path(f"{output_prefix}.partial", JOB).exists():  # without it, it is what a killed merge has left: made anew
         raise ConfigError(
             f"{output_prefix}.partial: an unfinished job is in the way; finish it with the command that began it, or remove it"
         )

@@ -43,6 +43,8 @@ from megarpt.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+JOB = "job.json"
+
 _FORMAT = 1  # of the partial folder
 _COMPRESSION = 4  # how much larger compressed text is taken to be, for cutting and for the estimate of space
 _SPACE_MARGIN = 1.1
@@ -65,6 +67,7 @@ class PreprocessOptions:
     shard_bytes: int = 16 << 20
     backend: Backend = "auto"
     restart: bool = False
+    part: tuple[int, int] = (0, 1)  # number and count of the shares that several jobs divide the inputs into
 
 
 def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
@@ -76,7 +79,7 @@ def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
         Stopped: a signal came.
         MegarptError: a worker died.
     """
-    files = find_inputs(options.inputs, format=options.format)
+    files = share(find_inputs(options.inputs, format=options.format), *options.part)
     tokenizer = load_tokenizer(options.tokenizer, eod_token=options.eod_token)
     if options.append_eod and tokenizer.eod is None:
         raise ConfigError(
@@ -90,7 +93,7 @@ def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
     with write_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(exist_ok=True)
-    with _locked(folder):
+    with locked_folder(folder):
         done = _finished(prefix, folder, job_sha256, restart=options.restart)
         if done is None:
             _open_folder(folder, description, restart=options.restart)
@@ -98,6 +101,19 @@ def preprocess(options: PreprocessOptions, stop: StopSignal) -> CorpusManifest:
         manifest = verify_corpus(prefix)
         shutil.rmtree(folder)
     return manifest
+
+
+def share(files: Sequence[InputFile], number: int, count: int) -> Sequence[InputFile]:
+    """The files of job `number` out of `count`: neighbours in the order of the whole, so that the shares can be joined.
+
+    Raises:
+        ConfigError: there are fewer files than jobs.
+    """
+    if count > len(files):
+        raise ConfigError(
+            f"--part {number}/{count}: got {len(files)} input files, expected at least one for each of {count} parts"
+        )
+    return files[number * len(files) // count : (number + 1) * len(files) // count]
 
 
 def _describe(options: PreprocessOptions, files: Sequence[InputFile], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -117,7 +133,7 @@ def _describe(options: PreprocessOptions, files: Sequence[InputFile], tokenizer:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the folder for this process and its workers; the lock goes with them, however they end.
 
     Workers of a killed run hold it until they notice, within a block of text.
@@ -170,7 +186,7 @@ def _finished(prefix: Path, folder: Path, job_sha256: str, *, restart: bool) -> 
 
 def _open_folder(folder: Path, description: dict[str, Any], *, restart: bool) -> None:
     """Begin a job in its folder, or find out that the one begun there is the same; one that finished nothing is in no way."""
-    path = folder / "job.json"
+    path = folder / JOB
     begun: dict[str, Any] | None = None
     if path.exists() and not restart and any(folder.glob("shard-*.json")) | (folder / JOINED).exists():
         try:

@@ -15,10 +15,12 @@ from megarpt.config.load import dump_resolved, load_config
 from megarpt.config.presets import PRESETS
 from megarpt.config.schema import (
     EvaluateOptions,
+    ExportOptions,
     GenerateOptions,
     ObjectiveConfig,
     PretrainConfig,
     ScoreOptions,
+    SubmitOptions,
     VerifyResumeOptions,
 )
 from megarpt.config.validate import STREAM_OF_SCORER
@@ -51,7 +53,9 @@ def examples():
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions, VerifyResumeOptions])
+@pytest.mark.parametrize(
+    "model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions, ExportOptions, SubmitOptions, VerifyResumeOptions]
+)
 def test_every_config_field_has_a_documentation_line(model):
     assert [field.key for field in iter_fields(model) if not field.doc.endswith((".", ")", "`"))] == []
 

@@ -39,9 +39,10 @@ TORCH_CUDA = {
 }
 
 ENVIRONMENT = {
-    "megarpt/cli.py": "rank and world size, before torch is loaded",
+    "megarpt/cli.py": "rank and world size, before torch is loaded, and the file for the exit code",
     "megarpt/device/": "the local rank torchrun gives",
     "megarpt/run/verify_resume.py": "plays torchrun for the ranks it watches",
+    "megarpt/testing/slurm.py": "the environment of a throw-away cluster",
     "megarpt/testing/distributed.py": "plays torchrun for the ranks of a test",
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 from megarpt import __version__, cli
 from megarpt.config.load import load_config
-from megarpt.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, ConfigError, DataError
+from megarpt.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, ConfigError, DataError, StopRequested
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "run: {dir: runs/x}\ndata: {tokenizer: bytes, train: [{path: a}]}\ntrain: {train_tokens: 1000}\n"
@@ -18,7 +18,7 @@ MINIMAL = "run: {dir: runs/x}\ndata: {tokenizer: bytes, train: [{path: a}]}\ntra
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, logging_as_before):
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "MEGARPT_EXIT_FILE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -98,7 +98,8 @@ def test_python_dash_m(config):
 
 
 @pytest.mark.parametrize(
-    "verb", ["pretrain", "score", "evaluate", "generate", "export", "verify-resume", "show-config", "doctor"]
+    "verb",
+    ["pretrain", "score", "evaluate", "generate", "export", "verify-resume", "inspect-run", "show-config", "submit", "doctor"],
 )
 def test_every_command_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -145,6 +146,19 @@ def test_show_config_hash_is_that_of_the_values(config, capsys):
     first = capsys.readouterr().out
     cli.main(["show-config", config, "--hash", "run.seed=1234"])
     assert capsys.readouterr().out == first and len(first.strip()) == 64
+
+
+def test_show_config_prints_one_value(config, capsys):
+    assert cli.main(["show-config", config, "--value", "run.dir", "run.dir=runs/a b"]) == 0
+    assert capsys.readouterr().out == "runs/a b\n"
+    assert cli.main(["show-config", config, "--value", "run.sed"]) == EXIT_CONFIG
+    assert "--value: got 'run.sed'" in capsys.readouterr().err
+
+
+def test_show_config_checks_a_world_that_is_not_there(config, capsys):
+    assert cli.main(["show-config", config, "--world-size", "1"]) == 0
+    assert cli.main(["show-config", config, "--world-size", "3"]) == EXIT_CONFIG
+    assert "expected a multiple of 24" in capsys.readouterr().err
 
 
 def test_show_config_help_fields(capsys):
@@ -263,6 +277,28 @@ def test_expected_errors_end_with_their_code_and_no_traceback(error, config, sta
     stage("pretrain", result=error)
     assert cli.main(["pretrain", config]) == EXIT_DATA
     assert capsys.readouterr().err == f"megarpt: {type(error).__name__}: {error}\n"
+
+
+def test_a_launcher_that_loses_exit_codes_finds_them_in_a_file(config, stage, monkeypatch, tmp_path):
+    path = tmp_path / "exit.json"
+    monkeypatch.setenv("MEGARPT_EXIT_FILE", str(path))
+    stage("pretrain", result=DataError("corpus: truncated"))
+    assert cli.main(["pretrain", config]) == EXIT_DATA
+    first = json.loads(path.read_text())
+    assert first == {"exit_code": EXIT_DATA, "rank": 0, "error": "DataError: corpus: truncated"}
+    stage("pretrain", result=CheckpointError("because the other rank left"))
+    assert cli.main(["pretrain", config]) == EXIT_DATA
+    assert json.loads(path.read_text()) == first
+
+
+def test_a_stop_that_a_file_tells_of_is_no_failure_of_the_process(config, stage, monkeypatch, tmp_path):
+    stage("pretrain", result=StopRequested("at step 3"))
+    assert cli.main(["pretrain", config]) == 75
+    monkeypatch.setenv("MEGARPT_EXIT_FILE", str(tmp_path / "exit.json"))
+    assert cli.main(["pretrain", config]) == 0
+    assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == 75
+    monkeypatch.setenv("MEGARPT_EXIT_FILE", str(tmp_path / "none" / "exit.json"))
+    assert cli.main(["pretrain", config]) == 75
 
 
 def test_verbose_shows_where_an_expected_error_was_raised(config, stage, capsys):

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from megarpt.corpus import indexed
+from megarpt.corpus import preprocess as preprocess_module
 from megarpt.corpus.console import Stopped, StopSignal
 from megarpt.corpus.indexed import bin_path, idx_path
 from megarpt.corpus.manifest import verify_corpus
 from megarpt.corpus.merge import merge
-from megarpt.corpus.preprocess import PreprocessOptions, preprocess
+from megarpt.corpus.preprocess import PreprocessOptions, locked_folder, preprocess
 from megarpt.errors import ConfigError, DataError
 
 TEXTS = ["", "one", "two two", "", "three " * 40, "four", ""]
@@ -91,3 +92,27 @@ def test_stopping_leaves_nothing(make: Callable[..., str], tmp_path: Path) -> No
     with pytest.raises(Stopped, match="nothing is left behind"):
         merge([make("a", TEXTS), make("b", TEXTS)], str(tmp_path / "m"), stop)
     assert not list(tmp_path.glob("m*"))
+
+
+def test_a_killed_merge_is_made_anew(make: Callable[..., str], tmp_path: Path) -> None:
+    parts, folder = [make("a", TEXTS[:3]), make("b", TEXTS[3:])], tmp_path / "m.partial"
+    folder.mkdir()
+    (folder / "m.bin.tmp").write_bytes(b"half of it")
+    (folder / "lock").touch()
+    with locked_folder(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess_module, "_LOCK_WAIT_S", 0.2)
+        with pytest.raises(ConfigError, match="another process is making this corpus"):
+            merge(parts, str(tmp_path / "m"), StopSignal())
+    assert (folder / "m.bin.tmp").exists()
+    merge(parts, str(tmp_path / "m"), StopSignal())
+    assert bin_path(tmp_path / "m").read_bytes() == bin_path(make("whole", TEXTS)).read_bytes()
+    assert not folder.exists()
+
+
+def test_an_unfinished_corpus_is_not_merged_over(make: Callable[..., str], tmp_path: Path) -> None:
+    parts, folder = [make("a", TEXTS[:3]), make("b", TEXTS[3:])], tmp_path / "m.partial"
+    folder.mkdir()
+    (folder / "job.json").write_text("{}")
+    with pytest.raises(ConfigError, match="an unfinished job is in the way"):
+        merge(parts, str(tmp_path / "m"), StopSignal())
+    assert (folder / "job.json").exists()

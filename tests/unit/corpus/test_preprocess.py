@@ -19,6 +19,7 @@ from megarpt.corpus.encoders import ReferenceEncoder
 from megarpt.corpus.indexed import CorpusIndex, bin_path, idx_path, manifest_path
 from megarpt.corpus.inputs import find_inputs
 from megarpt.corpus.manifest import CorpusManifest, verify_corpus
+from megarpt.corpus.merge import merge
 from megarpt.corpus.preprocess import PreprocessOptions, plan_shards
 from megarpt.corpus.readers import ReadOptions
 from megarpt.corpus.tokenizers import load_tokenizer
@@ -295,7 +296,10 @@ def test_inputs_that_change_meanwhile(tmp_path: Path, write_jsonl: Callable[...,
 def test_two_at_once(tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preprocess, "_LOCK_WAIT_S", 0.2)
     partial(tmp_path / "c").mkdir()
-    with preprocess._locked(partial(tmp_path / "c")), pytest.raises(ConfigError, match="another process is making this corpus"):
+    with (
+        preprocess.locked_folder(partial(tmp_path / "c")),
+        pytest.raises(ConfigError, match="another process is making this corpus"),
+    ):
         run(write_jsonl(TEXTS), tmp_path / "c")
     run(write_jsonl(TEXTS), tmp_path / "c")
 
@@ -354,3 +358,19 @@ def test_a_shard_is_whole_or_not_there(
         with pytest.raises(DataError, match="No space left"):
             encode_shard(this, 2, encoder, lambda *_: None)
         assert read_shard_result(this.folder, 2, "j") is None and not list(this.folder.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_shares_of_the_inputs_join_to_the_whole(tmp_path: Path, write_jsonl: Callable[..., str], count: int) -> None:
+    sources = [write_jsonl(TEXTS[i : i + 5], f"{i:02}.jsonl") for i in range(0, 35, 5)]
+    pattern = str(Path(sources[0]).parent / "*.jsonl")
+    run(pattern, tmp_path / "whole")
+    for number in range(count):
+        run(pattern, tmp_path / f"part{number}", part=(number, count))
+    merge([str(tmp_path / f"part{number}") for number in range(count)], str(tmp_path / "joined"), StopSignal())
+    assert files(tmp_path / "joined") == files(tmp_path / "whole")
+
+
+def test_more_shares_than_files(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+    with pytest.raises(ConfigError, match="--part 0/2: got 1 input files"):
+        run(write_jsonl(TEXTS), tmp_path / "c", part=(0, 2))
