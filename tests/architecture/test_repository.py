@@ -28,7 +28,7 @@ from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "score", "evaluate", "generate", "verify-resume", "show-config", "doctor")
+VERBS = ("pretrain", "score", "evaluate", "generate", "export", "verify-resume", "inspect-run", "show-config", "submit", "doctor")
 
 
 def project():
