@@ -144,10 +144,10 @@ class TokenBatches:
         self.consumed_samples += self.global_batch_size
         return [to_device(batch, self._device) for batch in batches]
 
-    def step_at(self, first_sample: int) -> list[TokenBatch]:
-        """This rank's micro-batches of the step that begins with sample `first_sample`; the position does not move."""
-        batches = self._reader.submit(self._read_step, first_sample).result()
-        return [to_device(batch, self._device) for batch in batches]
+    def move_to(self, sample: int) -> None:
+        """Go on with sample `sample`, wherever the position is; what lies between is not read."""
+        self._forget_ahead()
+        self.consumed_samples = sample
 
     def _read_step(self, first: int) -> list[TokenBatch]:
         # Only the reader thread comes here, so the order's cache needs no lock.
@@ -193,8 +193,7 @@ class TokenBatches:
                 f"{where}: got {now!r}, expected {saved!r} as in the checkpoint; going on would repeat some text and skip "
                 "other text. Restore the data of the checkpoint, or begin a new run with model.init_from"
             )
-        self._forget_ahead()
-        self.consumed_samples = int(state["consumed_samples"])
+        self.move_to(int(state["consumed_samples"]))
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -42,6 +42,8 @@ class MetricSink(Protocol):
 
     def histogram(self, tag: str, values: np.ndarray, progress: Progress) -> None: ...
 
+    def rewind(self, progress: Progress) -> None: ...
+
     def text(self, tag: str, markdown: str, progress: Progress) -> None: ...
 
     def flush(self) -> None: ...
@@ -119,13 +121,6 @@ class MetricLog:
         interval = self._config.histogram_interval_steps
         return interval > 0 and step % interval == 0
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation after `step` steps is on file, so that a resumed run need not repeat it.
-
-        Known on the writer rank only: evaluation is collective, so the answer has to be broadcast.
-        """
-        return step == self._last_step and "valid" in self._kinds
-
     def step(self, report: StepReport, progress: Progress, extra: Mapping[str, float] | None = None) -> None:
         """Write an optimizer step, when it is due or was skipped. `progress` counts the step itself."""
         if self._file is not None and (self.is_due(progress.step) or report.skipped):
@@ -166,6 +161,14 @@ class MetricLog:
         """Show a text in the dashboards; `metrics.jsonl` holds numbers only."""
         for sink in self._sinks:
             self._send(sink.text, tag, markdown, progress)
+
+    def rewind(self, progress: Progress) -> None:
+        """Go back to where a resume at `progress` would begin: the steps beyond it are done again."""
+        self._last_step = progress.step
+        if self._file is not None:
+            self._kinds = rewind_metrics(self.path, progress.step)
+        for sink in self._sinks:
+            self._send(sink.rewind, progress)
 
     def flush(self) -> None:
         """Put everything on disk. To be called before a checkpoint, so that no checkpoint is ahead of its metrics."""

@@ -25,6 +25,7 @@ from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, StepReport, TokenBatch, TokenStats
 
 Annotate = Callable[[TokenBatch], TokenBatch]
+Guard = Callable[[float, float], bool]  # (loss, gradient norm), finite -> whether the update is held back, on every rank
 
 
 class TrainStep:
@@ -44,9 +45,10 @@ class TrainStep:
         *,
         seq_length: int,
         annotate: Annotate | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
-        self.groups, self.seq_length, self.annotate = groups, seq_length, annotate
+        self.groups, self.seq_length, self.annotate, self.guard = groups, seq_length, annotate, guard
         self.outputs: list[tuple[TokenBatch, ObjectiveOutput]] = []  # of the last step, for dumps, histograms and samples
         model.config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         model.config.grad_scale_func = None
@@ -110,12 +112,17 @@ class TrainStep:
         return stats.logprob, loss_function
 
     def _update(self, tokens_seen: int) -> StepReport:
-        """Clip and step, unless anything is not finite; the learning rate is that of the tokens this step has seen."""
+        """Clip and step, unless anything is not finite or the guard holds it back.
+
+        The learning rate is that of the tokens this step has seen.
+        """
         sums = self._reduce_metrics()
         found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         loss_sum, num_tokens = sums.pop("loss_sum")[0], sums.pop("num_tokens")[0]
+        loss_nats = loss_sum / num_tokens if num_tokens else 0.0
         skipped = found_inf or not math.isfinite(grad_norm) or not math.isfinite(loss_sum)
+        skipped = skipped or (self.guard is not None and self.guard(loss_nats, grad_norm))
         self.scheduler.step(increment=tokens_seen)
         if not skipped:
             clip = self.optimizer.config.clip_grad
@@ -123,7 +130,7 @@ class TrainStep:
                 clip_grad_by_total_norm_fp32(self.optimizer.get_parameters(), clip, grad_norm)
             self.optimizer.step_with_ready_grads()
         return StepReport(
-            loss_nats=loss_sum / num_tokens if num_tokens else 0.0,
+            loss_nats=loss_nats,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             num_tokens=int(num_tokens),

@@ -144,13 +144,15 @@ def test_reading_ahead_is_not_part_of_the_state(make: Callable[..., TokenBatches
     assert batches.state_dict()["consumed_samples"] == 8
 
 
-def test_step_at_does_not_move(make: Callable[..., TokenBatches]) -> None:
+def test_moving_on_reads_what_comes_next_and_nothing_between(make: Callable[..., TokenBatches]) -> None:
     batches, other = make(), make()
-    other.next_step()
-    ahead = batches.step_at(8)
-    assert batches.consumed_samples == 0
-    for one, two in zip(ahead, other.next_step(), strict=True):
+    batches.next_step()
+    batches.move_to(24)
+    for _ in range(3):
+        other.next_step()
+    for one, two in zip(batches.next_step(), other.next_step(), strict=True):
         assert_equal(one, two)
+    assert batches.state_dict()["consumed_samples"] == 32
 
 
 @pytest.mark.parametrize(

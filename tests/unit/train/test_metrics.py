@@ -42,6 +42,9 @@ class RecordingSink:
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         self.calls.append(("text", tag, markdown, progress.step))
 
+    def rewind(self, progress: Progress) -> None:
+        self.calls.append(("rewind", progress.step))
+
     def flush(self) -> None:
         self.calls.append(("flush",))
 
@@ -60,7 +63,7 @@ def train(run: RunDir, steps: range, resume: Progress | None, report_at: Any, pr
     with MetricLog(run, LoggingConfig(), resume=resume, clock=lambda: float(next(ticks))) as log:
         for step in steps:
             log.step(report_at(step), progress_at(step), {"perf/tokens_per_s": clock + step})
-            if step % 3 == 0 and not log.has_evaluation(step):
+            if step % 3 == 0:
                 log.evaluation({"clean": RESULT}, progress_at(step))
             log.flush()
 
@@ -123,11 +126,28 @@ def test_rewinding_twice_changes_nothing(run: RunDir, report_at: Any, progress_a
     assert run.metrics_path.read_bytes() == once
 
 
+def test_going_back_in_a_run_leaves_what_a_resume_would(run: RunDir, report_at: Any, progress_at: Any) -> None:
+    sink = RecordingSink()
+    with MetricLog(run, LoggingConfig(), sinks=[sink]) as log:
+        for step in (1, 2, 3, 4, 5):
+            log.step(report_at(step), progress_at(step))
+            if step % 3 == 0:
+                log.evaluation({"clean": RESULT}, progress_at(step))
+        log.rewind(progress_at(2))
+        for step in (3, 4):
+            log.step(report_at(step), progress_at(step))
+        log.evaluation({"clean": RESULT}, progress_at(4))
+    lines = [(line["kind"], line["step"]) for line in read_metrics(run.metrics_path)]
+    assert lines == [("train", 1), ("train", 2), ("train", 3), ("train", 4), ("valid", 4)]
+    discarded = run.metrics_path.with_name("metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [3, 3, 4, 5]
+    assert sink.calls[6] == ("rewind", 2)
+
+
 def test_an_evaluation_on_file_is_not_written_again(run: RunDir, report_at: Any, progress_at: Any) -> None:
     train(run, range(1, 4), None, report_at, progress_at)
     sink = RecordingSink()
     log = MetricLog(run, LoggingConfig(), sinks=[sink], resume=progress_at(3))
-    assert log.has_evaluation(3) and not log.has_evaluation(2)
     log.evaluation({"clean": RESULT}, progress_at(3))
     log.close()
     assert [line["kind"] for line in read_metrics(run.metrics_path, "valid")] == ["valid"]
