@@ -23,6 +23,7 @@ from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
 from megarpt.train.evaluation import evaluate
+from megarpt.train.failures import Peers, together
 from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
@@ -30,10 +31,13 @@ from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flo
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
 from megarpt.train.rundir import RunDir
-from megarpt.train.signals import StopSignal
+from megarpt.train.sharded import from_rank_0
+from megarpt.train.signals import StopSignal, any_rank
+from megarpt.train.spikes import SpikeGuard
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
 from megarpt.train.trainer import Trainer, total_steps
+from megarpt.train.watchdog import Watchdog
 from megarpt.train.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -45,20 +49,29 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     if mistakes:
         raise ConfigError("\n  ".join([f"{len(mistakes)} mistakes in the configuration", *mistakes]))
     layout = ParallelLayout.resolve(cfg.parallel, runtime.world_size)
-    groups = layout.initialize(cfg.run.seed)
     is_writer = runtime.rank == 0
-    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
-    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
     with (
-        RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=is_writer) as folder,
         StopSignal(runtime) as stop,
+        together(partial(_open_run, cfg, runtime)) as folder,
+        Peers(folder.faults_dir(from_rank_0(folder.restarts)), runtime.rank, runtime.world_size) as peers,
+        Watchdog(
+            folder, peers, hang_timeout_s=60.0 * cfg.faults.hang_timeout_minutes, flight_record=runtime.flight_record
+        ) as watchdog,
     ):
+
+        def begin(phase: str) -> None:
+            watchdog.beat(phase)
+            stop.check(f"before {phase}")
+
+        groups = layout.initialize(cfg.run.seed)
+        begin("building the model")
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         torch.manual_seed(cfg.run.seed)
         model = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
         optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
+        begin("opening the data")
         batches = build_train_batches(
             cfg,
             tokenizer,
@@ -71,14 +84,26 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         checkpoints = CheckpointManager(
             folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
         )
-        state = checkpoints.load_latest(model, optimizer, scheduler)
-        if state is not None:
-            folder.record(state.progress, checkpoints.newest)
-            batches.load_state_dict(state.data)
-            objective.load_state_dict(state.selection)
-        elif cfg.model.init_from is not None:
+        spikes = None
+        if cfg.stability.spike_threshold > 0.0:
+            spikes = SpikeGuard(cfg.stability, agree=partial(any_rank, runtime=runtime), shows=is_writer)
+
+        def restore() -> TrainState | None:
+            saved = checkpoints.load_latest(model, optimizer, scheduler)
+            if saved is not None:
+                folder.record(saved.progress, checkpoints.newest, counts=saved.counts())
+                batches.load_state_dict(saved.data)
+                objective.load_state_dict(saved.selection)
+                if spikes is not None:
+                    spikes.load_state_dict(saved.spikes)
+            return saved
+
+        begin("reading the checkpoint")
+        state = restore()
+        if state is None and cfg.model.init_from is not None:
             load_weights(cfg.model.init_from, model, tokenizer_sha256=tokenizer.sha256)
             optimizer.reload_model_params()
+        begin("the first step")
         if is_writer:
             keep_tokenizer(folder.path, cfg.data.tokenizer)
         resume = state.progress if state else None
@@ -104,7 +129,16 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         ):
             trainer = Trainer(
                 cfg,
-                TrainStep(model, objective, optimizer, scheduler, groups, seq_length=cfg.data.seq_length, annotate=reference),
+                TrainStep(
+                    model,
+                    objective,
+                    optimizer,
+                    scheduler,
+                    groups,
+                    seq_length=cfg.data.seq_length,
+                    annotate=reference,
+                    guard=spikes,
+                ),
                 batches,
                 state or TrainState(),
                 evaluate=partial(
@@ -117,6 +151,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
                 save=partial(checkpoints.save, model=model, optimizer=optimizer, scheduler=scheduler),
+                restore=restore,
                 monitor=Monitor(
                     log,
                     line,
@@ -126,10 +161,18 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 ),
                 run=folder,
                 stop=stop,
+                watchdog=watchdog,
+                spikes=spikes,
             )
             end = trainer.fit()
         folder.finish("finished", f"{end.progress.step} steps")
     return EXIT_OK
+
+
+def _open_run(cfg: PretrainConfig, runtime: Runtime) -> RunDir:
+    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
+    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
+    return RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=runtime.rank == 0)
 
 
 def _online_reference(
