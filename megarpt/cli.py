@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, NoReturn
 from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
-from megarpt.config.schema import Device, EvaluateOptions, GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import (
+    Device,
+    EvaluateOptions,
+    ExportOptions,
+    GenerateOptions,
+    PretrainConfig,
+    ScoreOptions,
+    VerifyResumeOptions,
+)
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -28,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[argparse.Namespace], int | None]
 
+_LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 _RANK_0_REPORTS_S = 20.0  # the launcher stops the other ranks once rank 0 has left
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program stopped by ctrl-c
 
@@ -95,7 +104,8 @@ def _pretrain(args: argparse.Namespace) -> int | None:
 
 
 def _score(args: argparse.Namespace) -> int | None:
-    options = _options(ScoreOptions, args, streams=tuple(name.strip() for name in args.streams.split(",")))
+    streams = tuple(name.strip() for name in args.streams.split(","))
+    options = _options(ScoreOptions, args, streams=streams, parallel=_layout(args))
     with _machine(options.device) as runtime:
         from megarpt.run import score
 
@@ -110,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> int | None:
             reason = "given twice" if equals and name in corpora else "expected NAME=PREFIX, for example wiki=data/wiki"
             raise ConfigError(f"--corpus: got {text!r}, {reason}")
         corpora[name] = prefix
-    options = _options(EvaluateOptions, args, corpora=corpora)
+    options = _options(EvaluateOptions, args, corpora=corpora, parallel=_layout(args))
     with _machine(options.device) as runtime:
         from megarpt.run import evaluate
 
@@ -125,6 +135,23 @@ def _generate(args: argparse.Namespace) -> int | None:
         return generate.run(options, runtime)
 
 
+def _verify_resume(args: argparse.Namespace) -> int | None:
+    options = _options(VerifyResumeOptions, args)
+    launched = _place_in_world()[1]
+    cfg = load_config(args.config, args.overrides, world_size=launched if launched > 1 else options.nproc_per_node)
+    # This process only watches and compares; the device is for those it starts.
+    with _machine("cpu") as runtime:
+        from megarpt.run import verify_resume
+
+        return verify_resume.run(cfg, options, runtime)
+
+
+def _export(args: argparse.Namespace) -> int | None:
+    from megarpt.run import export
+
+    return export.run(_options(ExportOptions, args))
+
+
 def _show_config(args: argparse.Namespace) -> int | None:
     if args.help_fields:
         for field in iter_fields(PretrainConfig):
@@ -135,6 +162,12 @@ def _show_config(args: argparse.Namespace) -> int | None:
     cfg = load_config(args.config, args.overrides)
     sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
     return EXIT_OK
+
+
+def _inspect_run(args: argparse.Namespace) -> int | None:
+    from megarpt.run import inspect_run
+
+    return inspect_run.run(args.folder, as_json=args.json, plot=args.plot)
 
 
 def _doctor(args: argparse.Namespace) -> int | None:
@@ -172,6 +205,10 @@ def _options(model: type[AnySection], args: argparse.Namespace, **replaced: obje
     """The record a command takes, from the arguments of the same names."""
     given = {name: getattr(args, name) for name in model.model_fields if getattr(args, name, None) is not None}
     return build_section(model, given | replaced, name=f"megarpt {args.verb}")
+
+
+def _layout(args: argparse.Namespace) -> dict[str, int]:
+    return {name: getattr(args, name) for name in _LAYOUT if getattr(args, name) is not None}
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -250,6 +287,23 @@ def _build_parser() -> argparse.ArgumentParser:
             "megarpt generate runs/rho1 --prompt 'The function returns' --max-new-tokens 40 --temperature 0.8",
         )
     )
+    _add_verify_resume(
+        command(
+            "verify-resume",
+            _verify_resume,
+            "train with and without a kill and a resume, and compare the two to the last bit",
+            "megarpt verify-resume examples/rho1/config.yaml --steps 20 --nproc-per-node 8\n"
+            "  torchrun --nnodes 2 --nproc-per-node 8 ... -m megarpt verify-resume examples/rho1/config.yaml",
+        )
+    )
+    export = command(
+        "export",
+        _export,
+        "copy the weights of a checkpoint into a folder of their own",
+        "megarpt export runs/rho1 models/rho1   # usable as model.init_from, by score, evaluate and generate",
+    )
+    export.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    export.add_argument("output", metavar="OUT", help="the folder to make")
     show = command(
         "show-config",
         _show_config,
@@ -259,6 +313,15 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_config(show, "?")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    inspect = command(
+        "inspect-run",
+        _inspect_run,
+        "report on a run folder: curve, speed, where the time went, restarts, stragglers, selection, checkpoints",
+        "megarpt inspect-run runs/rho1   # of a running, killed or finished run; loads no torch",
+    )
+    inspect.add_argument("folder", metavar="RUN_FOLDER", help="run.dir of the run")
+    inspect.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    inspect.add_argument("--plot", metavar="FILE", help="also draw loss and speed (.png, .svg, .pdf); needs matplotlib")
     doctor = command(
         "doctor",
         _doctor,
@@ -280,8 +343,22 @@ def _add_config(parser: argparse.ArgumentParser, nargs: str | None) -> None:
     )
 
 
+def _add_verify_resume(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, None)
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of each run; the resume is in the middle (default: 20)")
+    parser.add_argument("--nproc-per-node", type=int, metavar="P", help="ranks to run on this machine (default: 1)")
+    parser.add_argument("--keep", action="store_true", help="keep the runs also when they are equal")
+
+
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when it is usable")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    for name in _LAYOUT:
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, metavar="N", help="ranks per copy of the model (default: 1)"
+        )
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -301,6 +378,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="let documents in one window see each other, as a run with data.separate_documents=false does",
     )
+    _add_layout(parser)
     _add_device(parser)
 
 
@@ -312,6 +390,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="limit per corpus (default: all of it)")
     parser.add_argument("--micro-batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="default: %(default)s")
+    _add_layout(parser)
     _add_device(parser)
 
 

@@ -11,6 +11,7 @@ EXIT_CONFIG = 78  # a mistake in the configuration: running again cannot help
 EXIT_DATA = 79  # corpus, sidecar or checkpoint damaged or mismatched
 EXIT_ENVIRONMENT = 80  # the machine lacks something the job needs
 EXIT_HANG = 81  # no progress for longer than faults.hang_timeout_minutes; checkpoints are intact
+EXIT_NOT_REPRODUCED = 82  # verify-resume: the resumed run is not the uninterrupted one
 
 
 class MegarptError(Exception):

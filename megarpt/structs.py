@@ -42,6 +42,7 @@ class Progress:
     samples: int = 0  # sequences consumed
     tokens_seen: int = 0  # tokens fed through the model
     tokens_trained: int = 0  # tokens whose loss was trained on (after masks and selection)
+    data_order: str = ""  # fingerprint of the samples read, in their order (data/fingerprint.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def one_rank(cpu_runtime: runtime.Runtime):  # type: ignore[no-untyped-def]
     """megatron-core's process groups for a world of one rank."""
     from megarpt.parallel.layout import ParallelLayout
 
-    return ParallelLayout(tp=1, dp=1).initialize(seed=1)
+    return ParallelLayout().initialize(seed=1)
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ from megarpt.structs import Progress, TokenBatch  # noqa: E402
 from megarpt.testing.configs import tiny_config  # noqa: E402
 from megarpt.testing.plain_gpt import PlainGPT  # noqa: E402
 from megarpt.train.optimizer import build_optimizer  # noqa: E402
+from megarpt.train.perf import PerfMeter  # noqa: E402
 from megarpt.train.step import TrainStep  # noqa: E402
+from megarpt.train.timers import StepTimers, attach  # noqa: E402
 
 LR = 1e-3
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
@@ -55,8 +57,10 @@ def make_batch(seed: int) -> TokenBatch:
     )
 
 
-def megarpt_step(groups: ProcessGroups, precision: str) -> tuple[Callable[[TokenBatch], float], dict[str, torch.Tensor]]:
-    """One step of megarpt, and the weights it starts from."""
+def megarpt_step(
+    groups: ProcessGroups, precision: str, *, timed: bool = False
+) -> tuple[Callable[[TokenBatch], float], dict[str, torch.Tensor]]:
+    """One step of megarpt, and the weights it starts from; `timed` as in a run, where every part of the step is measured."""
     cfg = tiny_config(
         **{
             "data.seq_length": SEQUENCE,
@@ -66,10 +70,22 @@ def megarpt_step(groups: ProcessGroups, precision: str) -> tuple[Callable[[Token
         }
     )
     torch.manual_seed(1)
-    model = build_model(cfg, ParallelLayout(1, 1), groups, MACHINE, vocab_size=VOCAB)
-    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
-    step = TrainStep(model, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups, seq_length=SEQUENCE)
-    return lambda batch: step([batch], Progress()).loss_nats, unwrap(model).state_dict()
+    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=VOCAB)
+    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
+    timers = StepTimers(MACHINE.clock())
+    step = TrainStep(chunks, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups, timers=timers)
+    if not timed:
+        return lambda batch: step([batch], Progress()).loss_nats, unwrap(chunks[0]).state_dict()
+    attach(timers, chunks, optimizer)
+    meter = PerfMeter(timers=timers)
+
+    def timed_step(batch: TokenBatch) -> float:
+        with meter.step():
+            report = step([batch], Progress())
+        meter.scalars()
+        return report.loss_nats
+
+    return timed_step, unwrap(chunks[0]).state_dict()
 
 
 def plain_step(weights: dict[str, torch.Tensor], precision: str, compiled: bool) -> Callable[[TokenBatch], float]:
@@ -115,10 +131,12 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool) -> dict[str, float | str]:
+def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool, timed: bool) -> dict[str, float | str]:
     """Alternate the loops over the same batches."""
     ours, weights = megarpt_step(groups, precision)
     peers = {"plain": plain_step(weights, precision, False)}
+    if timed:
+        peers["timed"] = megarpt_step(groups, precision, timed=True)[0]
     if compiled:
         peers["compiled"] = plain_step(weights, precision, True)
     seconds: dict[str, list[float]] = {name: [] for name in ("megarpt", *peers)}
@@ -149,11 +167,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="also the plain loop under torch.compile")
+    parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    groups = ParallelLayout(1, 1).initialize(seed=1)
-    rows = [compare(groups, precision, args.steps, args.compiled) for precision in args.precision]
+    groups = ParallelLayout().initialize(seed=1)
+    rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]
     table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
     table.add_column("")
     for row in rows:

@@ -40,6 +40,17 @@ def _shape(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **more
     } | more
 
 
+def _experts(count: int, topk: int, ffn: int, aux_loss: float) -> dict[str, Any]:
+    return {
+        "num_moe_experts": count,
+        "moe_router_topk": topk,
+        "moe_ffn_hidden_size": ffn,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": aux_loss,
+        "moe_router_dtype": "fp32",
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Preset:
     """One model shape."""
@@ -94,5 +105,23 @@ PRESETS: Mapping[str, Preset] = {
         32_768,
         151_936,
         8_190_735_360,
+    ),
+    # mixtures of experts: the first trains on a laptop
+    "tiny-moe": Preset(_LLAMA | _shape(4, 256, 4, 2, 768) | _experts(4, 2, 384, 0.01), _ROPE, 4096, 8192, 9_705_728),
+    "mixtral-8x7b": Preset(
+        _LLAMA | _shape(32, 4096, 32, 8, 14_336) | _experts(8, 2, 14_336, 0.02),
+        _ROPE | {"rotary_base": 1_000_000},
+        32_768,
+        32_000,
+        46_702_792_704,
+    ),
+    "qwen3-30b-a3b": Preset(
+        _LLAMA
+        | _shape(48, 2048, 32, 4, 6144, kv_channels=128, qk_layernorm=True, layernorm_epsilon=1e-6)
+        | _experts(128, 8, 768, 0.001),
+        _ROPE | {"rotary_base": 1_000_000},
+        32_768,
+        151_936,
+        30_532_122_624,
     ),
 }

@@ -175,6 +175,22 @@ class ParallelConfig(Section):
     """Ranks that share each layer's matrices."""
     sequence_parallel: bool = False
     """Shard norm and dropout activations along the sequence over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: Positive = 1
+    """Stages the layers are divided into, one behind another (schedule 1F1B)."""
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(gt=1)] | None = None
+    """Pieces of the model on each stage (interleaved schedule): a smaller bubble for more communication; null is one."""
+    context_parallel_size: Positive = 1
+    """Ranks that share each sequence, every one holding the tokens of two opposite pieces of it."""
+    expert_model_parallel_size: Positive = 1
+    """Ranks that share the experts of mixture-of-experts layers; they are taken from data and context parallelism."""
+    expert_tensor_parallel_size: Positive | None = None
+    """Ranks that share each expert's matrices; null takes tensor_model_parallel_size."""
+    use_distributed_optimizer: bool = False
+    """Divide the optimizer's state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass is still running."""
+    overlap_param_gather: bool = False
+    """Gather parameters while the next forward pass is already running; needs use_distributed_optimizer."""
 
 
 class EvaluationConfig(Section):
@@ -199,6 +215,8 @@ class CheckpointConfig(Section):
     """How many of the newest checkpoints are kept."""
     keep_every_steps: NonNegative = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0 keeps none."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on; false writes it while training waits."""
     resume: bool = True
     """Continue from the newest complete checkpoint in the run folder when there is one."""
 
@@ -212,6 +230,8 @@ class LoggingConfig(Section):
     """Write TensorBoard files to `<run.dir>/tensorboard`."""
     histogram_interval_steps: NonNegative = 100
     """Histograms and decoded samples in TensorBoard; 0 turns them off."""
+    straggler_interval_steps: NonNegative = 50
+    """Compare what the ranks need for their own work every this many steps; 0 never does."""
     wandb_project: Text | None = None
     """Also log to Weights & Biases (extra `wandb`)."""
 
@@ -239,6 +259,17 @@ class FaultsConfig(Section):
     `<run.dir>/faults` first. Must be longer than the longest first step, save or opening of data; 0 waits for ever."""
 
 
+class ProfileConfig(Section):
+    """A trace of a few steps, written to `<run.dir>/profile`."""
+
+    steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """First and last step of the trace, such as [10, 12]; the step before them warms the profiler up. null: no trace."""
+    ranks: list[NonNegative] = Field(default=[0], min_length=1)
+    """Ranks that are recorded, each in a file of its own."""
+    record: list[Literal["shapes", "memory", "stacks"]] = Field(default_factory=list)
+    """Beyond names and times: shapes of operands, allocations, Python stacks. Each makes steps slower and files larger."""
+
+
 class PretrainConfig(Section):
     """`megarpt pretrain`."""
 
@@ -253,6 +284,7 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
     stability: StabilityConfig = Field(default_factory=StabilityConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
 
@@ -272,6 +304,8 @@ class ScoreOptions(Section):
     """Tokens per window; must be the training run's. null takes the reference run's."""
     micro_batch_size: Positive = 8
     """Windows per forward pass."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks; data parallelism is what is left of the world."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
     separate_documents: bool = True
@@ -295,6 +329,8 @@ class EvaluateOptions(Section):
     """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
     """Windows per forward pass; null takes the run's."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks; data parallelism is what is left of the world."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
     output: Literal["table", "json"] = "table"
@@ -322,3 +358,23 @@ class GenerateOptions(Section):
     """Continuations to write."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
+
+
+class VerifyResumeOptions(Section):
+    """`megarpt verify-resume`."""
+
+    steps: Annotated[int, Field(ge=4)] = 20
+    """Steps of each run; the resume is in the middle."""
+    nproc_per_node: Positive = 1
+    """Ranks to run on this machine; 1 under a launcher, which starts the command once per rank."""
+    keep: bool = False
+    """Keep the runs also when they are equal."""
+
+
+class ExportOptions(Section):
+    """`megarpt export`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    output: Text
+    """The folder to make."""

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
-from typing import get_args
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 from megarpt.config.presets import ACTIVATIONS, PRESETS
-from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, PretrainConfig, StabilityConfig, Stream
+from megarpt.config.schema import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ProfileConfig,
+    StabilityConfig,
+    Stream,
+)
 from megarpt.errors import ConfigError
 
 Rule = Callable[[PretrainConfig], str | None]
@@ -28,10 +36,15 @@ SET_BY_MEGARPT: dict[str, dict[str, str]] = {
     "model": {
         "tensor_model_parallel_size": "use parallel.tensor_model_parallel_size",
         "sequence_parallel": "use parallel.sequence_parallel",
-        "pipeline_model_parallel_size": "pipeline parallelism is not supported in this version",
-        "context_parallel_size": "context parallelism is not supported in this version",
-        "expert_model_parallel_size": "expert parallelism is not supported in this version",
-        "num_moe_experts": "mixture-of-experts layers are not supported in this version",
+        "pipeline_model_parallel_size": "use parallel.pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size": "use parallel.virtual_pipeline_model_parallel_size",
+        "context_parallel_size": "use parallel.context_parallel_size",
+        "expert_model_parallel_size": "use parallel.expert_model_parallel_size",
+        "expert_tensor_parallel_size": "use parallel.expert_tensor_parallel_size",
+        "overlap_p2p_comm": "it follows from the pipeline schedule; the other value computes wrong gradients without a word",
+        "batch_p2p_comm": "it follows from the pipeline schedule; the other value computes wrong gradients without a word",
+        "deallocate_pipeline_outputs": "it follows from the device and the schedule; remove it",
+        "variable_seq_lengths": "all micro-batches have the same length; remove it",
         "window_size": "sliding-window attention is not supported in this version",
         "bf16": "use train.precision",
         "fp16": "use train.precision",
@@ -48,7 +61,8 @@ SET_BY_MEGARPT: dict[str, dict[str, str]] = {
             name: f"use optimizer.{name}"
             for name in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
         },
-        "use_distributed_optimizer": "sharding optimizer state is not supported in this version",
+        "use_distributed_optimizer": "use parallel.use_distributed_optimizer",
+        "overlap_param_gather": "use parallel.overlap_param_gather",
         "optimizer": "AdamW is the optimizer of this version",
         "bf16": "use train.precision",
         "fp16": "use train.precision",
@@ -56,6 +70,20 @@ SET_BY_MEGARPT: dict[str, dict[str, str]] = {
     },
 }
 """megatron-core fields that cannot be set in an `mcore` block, and what to do instead."""
+
+_UNEVEN_STAGES = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+)
+
+
+def model_fields(cfg: PretrainConfig) -> Mapping[str, Any]:
+    """Fields of megatron-core's TransformerConfig: the preset's, and model.mcore over them."""
+    preset = PRESETS.get(cfg.model.preset)
+    return {**(preset.transformer if preset else {}), **cfg.model.mcore}
 
 
 def preset_exists(cfg: PretrainConfig) -> str | None:
@@ -231,13 +259,116 @@ def sequence_parallel_has_tensor_parallel(cfg: PretrainConfig) -> str | None:
 
 
 def sequence_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
-    tp, tokens = cfg.parallel.tensor_model_parallel_size, cfg.batch.micro_batch_size * cfg.data.seq_length
-    if not cfg.parallel.sequence_parallel or tokens % tp == 0:
+    tp, cp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.context_parallel_size
+    tokens = cfg.batch.micro_batch_size * cfg.data.seq_length
+    if not cfg.parallel.sequence_parallel or tokens % (tp * cp) == 0:
         return None
     return (
         f"parallel.sequence_parallel: {tokens} tokens per micro-batch (batch.micro_batch_size x data.seq_length) do not divide "
-        f"over parallel.tensor_model_parallel_size ({tp})"
+        f"over parallel.tensor_model_parallel_size ({tp}) x parallel.context_parallel_size ({cp})"
     )
+
+
+def context_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
+    cp, tokens = cfg.parallel.context_parallel_size, cfg.batch.micro_batch_size * cfg.data.seq_length
+    if cp == 1 or tokens % (2 * cp) == 0:
+        return None
+    return (
+        f"parallel.context_parallel_size: {tokens} tokens per micro-batch (batch.micro_batch_size x data.seq_length) do not "
+        f"divide into 2 x {cp} pieces; every rank takes two of them, one from each end, so that all have the same work"
+    )
+
+
+def context_parallel_divides_the_evaluation(cfg: PretrainConfig) -> str | None:
+    parallel, micro = cfg.parallel, cfg.evaluation.micro_batch_size
+    if micro is None:
+        return None
+    tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    pieces = (2 if parallel.context_parallel_size > 1 else 1) * parallel.context_parallel_size * tp
+    tokens = micro * cfg.data.seq_length
+    if tokens % pieces == 0:
+        return None
+    return (
+        f"evaluation.micro_batch_size: {tokens} tokens per micro-batch (times data.seq_length) do not divide into the {pieces} "
+        "pieces of the parallel layout"
+    )
+
+
+def pipeline_divides_the_layers(cfg: PretrainConfig) -> str | None:
+    stages, pieces = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size or 1
+    layers = model_fields(cfg).get("num_layers")
+    if layers is None or layers % (stages * pieces) == 0 or any(name in cfg.model.mcore for name in _UNEVEN_STAGES):
+        return None
+    key = "virtual_pipeline_model_parallel_size" if layers % stages == 0 else "pipeline_model_parallel_size"
+    return (
+        f"parallel.{key}: {layers} layers do not divide into {stages} stages x {pieces} pieces; choose divisors, or say how "
+        f"with one of {', '.join(f'model.mcore.{name}' for name in _UNEVEN_STAGES)}"
+    )
+
+
+def interleaving_has_a_pipeline(cfg: PretrainConfig) -> str | None:
+    pieces = cfg.parallel.virtual_pipeline_model_parallel_size
+    if pieces is None or cfg.parallel.pipeline_model_parallel_size > 1:
+        return None
+    return (
+        f"parallel.virtual_pipeline_model_parallel_size: got {pieces}, expected parallel.pipeline_model_parallel_size greater "
+        "than 1 with it"
+    )
+
+
+def expert_parallel_has_experts(cfg: PretrainConfig) -> str | None:
+    experts = model_fields(cfg).get("num_moe_experts")
+    for name, unset in (("expert_model_parallel_size", 1), ("expert_tensor_parallel_size", None)):
+        got = getattr(cfg.parallel, name)
+        if got != unset and experts is None:
+            return f"parallel.{name}: got {got}, but the model {cfg.model.preset} has no experts to divide"
+    ep = cfg.parallel.expert_model_parallel_size
+    if experts is not None and experts % ep:
+        return f"parallel.expert_model_parallel_size: {experts} experts do not divide over {ep} ranks"
+    return None
+
+
+def experts_with_tensor_parallel_have_sequence_parallel(cfg: PretrainConfig) -> str | None:
+    tp = cfg.parallel.tensor_model_parallel_size
+    if model_fields(cfg).get("num_moe_experts") is None or tp == 1 or cfg.parallel.sequence_parallel:
+        return None
+    return (
+        f"parallel.sequence_parallel: got false, expected true for a mixture of experts with tensor_model_parallel_size {tp}: "
+        "the router must see each token once"
+    )
+
+
+def param_gather_has_a_distributed_optimizer(cfg: PretrainConfig) -> str | None:
+    parallel = cfg.parallel
+    if not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        return None
+    return (
+        "parallel.overlap_param_gather: got true, expected parallel.use_distributed_optimizer and "
+        "parallel.overlap_grad_reduce with it"
+    )
+
+
+def profiled_steps_are_trained(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is None:
+        return None
+    first, last = cfg.profile.steps
+    steps = -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
+    if 2 <= first <= last <= steps:
+        return None
+    return (
+        f"profile.steps: got [{first}, {last}], expected a first and a last step from 2 (the step before the first warms the "
+        f"profiler up) to {steps}, the last one of the run"
+    )
+
+
+def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
+    if cfg.profile.steps is not None:
+        return None
+    for name in ("ranks", "record"):
+        got = getattr(cfg.profile, name)
+        if got != ProfileConfig.model_fields[name].get_default(call_default_factory=True):
+            return f"profile.{name}: got {got}, which has no effect without profile.steps"
+    return None
 
 
 def spikes_are_looked_for(cfg: PretrainConfig) -> str | None:
@@ -307,6 +438,15 @@ RULES: tuple[Rule, ...] = (
     kept_checkpoints_are_saved,
     sequence_parallel_has_tensor_parallel,
     sequence_parallel_divides_the_tokens,
+    context_parallel_divides_the_tokens,
+    context_parallel_divides_the_evaluation,
+    pipeline_divides_the_layers,
+    interleaving_has_a_pipeline,
+    expert_parallel_has_experts,
+    experts_with_tensor_parallel_have_sequence_parallel,
+    param_gather_has_a_distributed_optimizer,
+    profiled_steps_are_trained,
+    profile_settings_are_used,
     spikes_are_looked_for,
     rollbacks_are_made,
     rollback_has_checkpoints,
@@ -327,6 +467,7 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
     rules = list(RULES)
     if world_size is not None:
         rules.append(lambda each: _batch_fits_the_world(each, world_size))
+        rules.append(lambda each: _profiled_ranks_exist(each, world_size))
     found = []
     for rule in rules:
         try:
@@ -347,17 +488,56 @@ def check(cfg: PretrainConfig, *, world_size: int | None = None) -> None:
         raise ConfigError("\n  ".join([f"{len(found)} mistakes in the configuration", *found]))
 
 
+def layout_mistakes(cfg: ParallelConfig, world_size: int) -> list[str]:
+    """Why `world_size` ranks cannot be divided this way, with the whole product; empty when they can."""
+    tp, pp, cp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size, cfg.context_parallel_size
+    ep, etp = cfg.expert_model_parallel_size, cfg.expert_tensor_parallel_size or tp
+    mistakes = []
+    if world_size % (tp * pp * cp):
+        key = next(name for name, size in (("tensor", tp), ("pipeline", pp), ("context", cp)) if size > 1)
+        name = "context_parallel_size" if key == "context" else f"{key}_model_parallel_size"
+        mistakes.append(
+            f"parallel.{name}: tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp} ranks hold one copy of the model, "
+            f"got a world of {world_size} ranks; world = tensor x pipeline x context x data, so it must be a multiple of "
+            f"{tp * pp * cp}"
+        )
+    elif world_size % (etp * ep * pp):
+        mistakes.append(
+            f"parallel.expert_model_parallel_size: expert tensor {etp} x expert {ep} x pipeline {pp} = {etp * ep * pp} ranks "
+            f"hold one copy of the experts, got a world of {world_size} ranks; world = expert tensor x expert x pipeline x "
+            f"expert data, so it must be a multiple of {etp * ep * pp}"
+        )
+    return mistakes
+
+
 def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
-    tp = cfg.parallel.tensor_model_parallel_size
-    if world_size % tp:
-        return f"parallel.tensor_model_parallel_size: got {tp}, expected a divisor of the number of ranks ({world_size})"
-    dp, micro, total = world_size // tp, cfg.batch.micro_batch_size, cfg.batch.global_batch_size
-    if total % micro or total % (micro * dp) == 0:
-        return None  # the first case has its own rule
-    return (
-        f"batch.global_batch_size: got {total}, expected a multiple of {micro * dp}: batch.micro_batch_size ({micro}) x "
-        f"data-parallel size ({dp} = {world_size} ranks / tensor_model_parallel_size {tp})"
-    )
+    parallel = cfg.parallel
+    mistakes = layout_mistakes(parallel, world_size)
+    if mistakes:
+        return mistakes[0]
+    pp = parallel.pipeline_model_parallel_size
+    ranks = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
+    dp, micro, total = world_size // ranks, cfg.batch.micro_batch_size, cfg.batch.global_batch_size
+    if total % micro:
+        return None  # has its own rule
+    if total % (micro * dp):
+        return (
+            f"batch.global_batch_size: got {total}, expected a multiple of {micro * dp}: batch.micro_batch_size ({micro}) x "
+            f"data-parallel size ({dp} = {world_size} ranks / {ranks} that hold one copy of the model)"
+        )
+    if parallel.virtual_pipeline_model_parallel_size is not None and total // (micro * dp) % pp:
+        return (
+            f"batch.global_batch_size: {total // (micro * dp)} micro-batches per step and data-parallel rank, expected a "
+            f"multiple of parallel.pipeline_model_parallel_size ({pp}), which the interleaved schedule needs"
+        )
+    return None
+
+
+def _profiled_ranks_exist(cfg: PretrainConfig, world_size: int) -> str | None:
+    missing = [rank for rank in cfg.profile.ranks if rank >= world_size]
+    if not missing:
+        return None
+    return f"profile.ranks: got {missing[0]}, expected ranks from 0 to {world_size - 1}, those of the run"
 
 
 def _decay_end(cfg: PretrainConfig) -> tuple[int, str]:

@@ -19,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megarpt.data.fingerprint import OrderFingerprint
 from megarpt.data.order import SampleOrder
+from megarpt.data.sharing import StepShare
 from megarpt.data.windows import PADDING_ID, WindowDataset
 from megarpt.errors import ConfigError, DataError
 from megarpt.structs import TokenBatch
@@ -86,8 +89,8 @@ def to_device(batch: TokenBatch, device: torch.device) -> TokenBatch:
 class TokenBatches:
     """The endless stream of training micro-batches of one data-parallel rank.
 
-    Steps are read ahead by one thread. What was read ahead is not part of the state: the state is the number of samples handed
-    out, and every sample follows from its number.
+    Steps are read ahead by one thread. What was read ahead is not part of the state: the state is the number of the next sample
+    to be handed out, and every sample follows from its number.
 
     Raises:
         ConfigError: global_batch_size is not a multiple of micro_batch_size times dp_size.
@@ -104,8 +107,23 @@ class TokenBatches:
         dp_rank: int,
         dp_size: int,
         device: torch.device,
+        share_over: ProcessGroup | None = None,
         steps_ahead: int = 2,
     ) -> None:
+        """Micro-batches of data-parallel rank `dp_rank` of `dp_size`.
+
+        Args:
+            datasets: the corpora of the blend.
+            weights: their relative shares.
+            seed: of the order.
+            global_batch_size: samples of a step over all ranks.
+            micro_batch_size: samples of a micro-batch.
+            dp_rank: this rank's place.
+            dp_size: ranks that read other samples.
+            device: where the micro-batches are wanted.
+            share_over: ranks that need the same samples, of which the first reads; all must ask for the same steps.
+            steps_ahead: how many steps the thread reads before they are asked for.
+        """
         if global_batch_size % (micro_batch_size * dp_size):
             raise ConfigError(
                 f"batch.global_batch_size: got {global_batch_size}, expected a multiple of batch.micro_batch_size "
@@ -121,7 +139,12 @@ class TokenBatches:
         self._seed = seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._device = device
+        self._share: StepShare | None = None
+        if share_over is not None and share_over.size() > 1:
+            shape = (self.num_microbatches, micro_batch_size, self.seq_length)
+            self._share = StepShare(share_over, shape, sorted(self.datasets[0].streams), device)
         self._order = SampleOrder([dataset.num_windows for dataset in self.datasets], weights, seed)
+        self._chain = OrderFingerprint(self._order, self._windows())
         self._steps_ahead = steps_ahead
         self._ahead: deque[Future[list[TokenBatch]]] = deque()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megarpt-data")
@@ -132,6 +155,12 @@ class TokenBatches:
         Raises:
             DataError: a corpus or a sidecar turned out to be damaged; the position stays where it was.
         """
+        batches = self._read_ahead() if self._share is None else self._share(self._read_ahead)
+        self._chain.advance(self.consumed_samples, self.global_batch_size)
+        self.consumed_samples += self.global_batch_size
+        return batches
+
+    def _read_ahead(self) -> list[TokenBatch]:
         while len(self._ahead) < max(1, self._steps_ahead):
             first = self.consumed_samples + len(self._ahead) * self.global_batch_size
             self._ahead.append(self._reader.submit(self._read_step, first))
@@ -141,7 +170,6 @@ class TokenBatches:
             self._forget_ahead()
             raise
         self._ahead.popleft()
-        self.consumed_samples += self.global_batch_size
         return [to_device(batch, self._device) for batch in batches]
 
     def move_to(self, sample: int) -> None:
@@ -149,8 +177,12 @@ class TokenBatches:
         self._forget_ahead()
         self.consumed_samples = sample
 
+    @property
+    def data_order(self) -> str:
+        """Fingerprint of all samples handed out since the start of the run; equal on every rank."""
+        return self._chain.value
+
     def _read_step(self, first: int) -> list[TokenBatch]:
-        # Only the reader thread comes here, so the order's cache needs no lock.
         refs = self._order.locate(first, self.global_batch_size)
         batches = []
         for number in range(self.num_microbatches):
@@ -176,15 +208,27 @@ class TokenBatches:
             ],
         }
 
+    def _windows(self) -> dict[str, Any]:
+        """What decides the text of each window."""
+        return {
+            "seq_length": self.seq_length,
+            "separate_documents": self.datasets[0].separate_documents,
+            "corpora": [dataset.manifest.bin_sha256 for dataset in self.datasets],
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the data, as plain values; equal on every rank."""
-        return {"consumed_samples": self.consumed_samples, "fingerprint": self.fingerprint()}
+        return {
+            "consumed_samples": self.consumed_samples,
+            "order": self._chain.state_dict(self.consumed_samples),
+            "fingerprint": self.fingerprint(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken, under any data-parallel size and any global batch size.
 
         Raises:
-            DataError: the run's data are not those of the checkpoint.
+            DataError: the run's data are not those of the checkpoint, or would come in another order.
         """
         difference = _first_difference(state["fingerprint"], self.fingerprint(), "data")
         if difference is not None:
@@ -193,6 +237,7 @@ class TokenBatches:
                 f"{where}: got {now!r}, expected {saved!r} as in the checkpoint; going on would repeat some text and skip "
                 "other text. Restore the data of the checkpoint, or begin a new run with model.init_from"
             )
+        self._chain.load_state_dict(state["order"])
         self.move_to(int(state["consumed_samples"]))
 
     def close(self) -> None:

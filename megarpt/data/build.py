@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megarpt.config.schema import PretrainConfig
 from megarpt.corpus.tokenizers import Tokenizer
@@ -24,6 +25,7 @@ def build_train_batches(
     dp_size: int,
     device: torch.device,
     streams: Sequence[str] = (),
+    share_over: ProcessGroup | None = None,
 ) -> TokenBatches:
     """The training blend as micro-batches of one data-parallel rank, with the sidecars that the objective reads.
 
@@ -48,6 +50,7 @@ def build_train_batches(
         dp_rank=dp_rank,
         dp_size=dp_size,
         device=device,
+        share_over=share_over,
     )
     if dp_rank == 0:
         _log_epochs(cfg, datasets)

@@ -7,6 +7,7 @@ the run or on where it was resumed.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ class SampleOrder:
     """The order of a run: sample number -> source of the blend and window of its corpus.
 
     Within a source the windows of one epoch come in the order of its permutation, each exactly once; then the next epoch
-    follows with another permutation.
+    follows with another permutation. May be asked from several threads.
     """
 
     def __init__(self, num_windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -131,6 +132,7 @@ class SampleOrder:
         self._blend = Blend(weights)
         self._seed = seed
         self._cached: tuple[int, SampleRefs] | None = None
+        self._lock = threading.Lock()  # the blend grows, and the cache changes, when a block is asked for
 
     def locate(self, first: int, count: int) -> SampleRefs:
         """Samples [first, first + count) of the run."""
@@ -139,7 +141,8 @@ class SampleOrder:
         while position < first + count:
             number, start = divmod(position, _BLOCK)
             stop = min(_BLOCK, start + first + count - position)
-            refs = self._block(number)
+            with self._lock:
+                refs = self._block(number)
             parts.append((refs.source[start:stop], refs.window[start:stop]))
             position += stop - start
         sources, windows = zip(*parts, strict=True)

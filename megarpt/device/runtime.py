@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch._C._distributed_c10d import HashStore
 
-from megarpt.device import mcore_cpu
+from megarpt.device import mcore_cpu, without_te
+from megarpt.device.clock import CudaClock, HostClock
 from megarpt.errors import ExtensionError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ class Runtime:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def clock(self) -> CudaClock | HostClock:
+        """A clock of the device, for times that must not make it wait."""
+        return CudaClock() if self.is_cuda else HostClock()
+
     def peak_memory_bytes(self) -> int:
         """Largest memory held so far: allocator bytes on CUDA, resident set of the process on a CPU."""
         if self.is_cuda:
@@ -60,6 +65,18 @@ class Runtime:
     def memory_bytes(self) -> int:
         """Memory held now: allocator bytes on CUDA, resident set on a CPU."""
         return torch.cuda.memory_allocated(self.device) if self.is_cuda else psutil.Process().memory_info().rss
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Lock host memory in place, so that the device copies into it at full speed and without being waited for."""
+        if self.is_cuda and memory.nbytes:
+            with torch.cuda.device(self.device):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo `pin`, which must happen before the memory is given back."""
+        if self.is_cuda and memory.nbytes:
+            with torch.cuda.device(self.device):
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
 
     def rng_state(self) -> dict[str, Any]:
         """State of torch's generators, for a bit-exact resume."""
@@ -97,6 +114,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: f
         torch_device = torch.device("cpu")
         mcore_cpu.install()
         _keep_freed_memory()
+    without_te.install()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives remembered for `flight_record`
     backend: Literal["nccl", "gloo"] = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():

@@ -1,9 +1,10 @@
-"""Core attention on torch's scaled_dot_product_attention, for layers without Transformer Engine.
+"""Core attention on torch's scaled_dot_product_attention.
 
 It takes the place of megatron-core's DotProductAttention through the layer spec. Documents packed into one sample are kept
-apart by running each attention segment on its own: exact, never a mask of s x s, and less work than the masked square.
+apart by running each attention segment on its own: exact, never a mask of s x s, and less work than the masked square. Under
+context parallelism every rank gathers all keys and values and attends from its own queries.
 
-Dims: t packed tokens, np query heads, ng key/value heads, hn head size.
+Dims: t packed tokens (t_q of them queries of this rank), np query heads, ng key/value heads, hn head size.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from megarpt.model.context import QueryRange, gather_shares
 
 
 @dataclass
@@ -30,13 +34,14 @@ class PackedSegments(PackedSeqParams):
     already gathered by `position_ids`.
     """
 
-    lengths: tuple[int, ...] = ()  # tokens per segment, on the host; empty on CUDA, where the kernel reads cu_seqlens
+    ranges: tuple[QueryRange, ...] = ()  # this rank's queries, in order; adding up to t_q
 
 
 class SdpaCoreAttention(MegatronModule):
     """softmax(q k^T / sqrt(hn)) v, causal, within segments.
 
-    Shapes: query [t, b, np, hn], key and value [t_kv, b, ng, hn] -> [t, b, np * hn]. Segments need b == 1.
+    Shapes: query [t_q, b, np, hn], key and value [t_kv, b, ng, hn] -> [t_q, b, np * hn]. Segments need b == 1.
+    Collectives: under context parallelism one all-gather of keys and values forward, one reduce-scatter backward.
     Error: as torch's scaled_dot_product_attention.
     """
 
@@ -48,11 +53,14 @@ class SdpaCoreAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert pg_collection is not None, "megatron-core's attention layer hands its process groups to the core attention"
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -66,64 +74,76 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         if packed_seq_params is None:
             out = self._dense(query, key, value)
-        elif packed_seq_params.lengths:
-            out = self._segments(query, key, value, packed_seq_params.lengths)
         else:
-            out = self._varlen(query, key, value, packed_seq_params)
+            out = self._packed(query, key, value, packed_seq_params)
         return out.reshape(*query.shape[:2], -1)
-
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """[b, heads, s, hn] in and out."""
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One sequence per batch row; with a KV cache the queries are the last of the keys."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, hn]
-        n_q, n_kv = q.shape[2], k.shape[2]
-        if n_q == n_kv:
-            out = self._sdpa(q, k, v, causal=True)
-        elif n_q == 1:
-            out = self._sdpa(q, k, v)
-        else:  # torch's causal flag aligns top-left, so the bottom-right triangle is spelled out
-            mask = torch.ones(n_q, n_kv, dtype=torch.bool, device=q.device).tril(n_kv - n_q)
-            out = self._sdpa(q, k, v, mask=mask)
-        return out.permute(2, 0, 1, 3)
+        return self._causal(q, k, v).permute(2, 0, 1, 3)
 
-    def _segments(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
+        if self.cp_group.size() > 1:  # one collective for both
+            both = gather_shares(torch.cat([key, value], dim=-1), self.cp_group, sums_gradients=True)
+            key, value = both.chunk(2, dim=-1)
         q, k, v = (x.squeeze(1) for x in (query, key, value))  # [t, heads, hn]
-        if len(set(lengths)) == 1:
-            shape = (len(lengths), lengths[0])
+        queries = q.split([each.num_queries for each in packed.ranges])
+        outs = [
+            self._range(own, k[each.keys], v[each.keys], each, packed.max_seqlen_q)
+            for own, each in zip(queries, packed.ranges, strict=True)
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _range(self, q: Tensor, k: Tensor, v: Tensor, queries: QueryRange, longest: int) -> Tensor:
+        """[t_q, heads, hn] in and out."""
+        if queries.query_lengths:
+            return self._segments(q, k, v, queries.query_lengths, queries.key_lengths)
+        if (self.dropout and self.training) or q.dtype == torch.float32:  # the kernel has neither dropout nor fp32
+            lengths = (tuple(edges.diff().tolist()) for edges in (queries.cu_seqlens_q, queries.cu_seqlens_k))
+            return self._segments(q, k, v, *lengths)
+        return self._varlen(q, k, v, queries, longest)
+
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[b, heads, s, hn] in and out; the queries are the last of the keys."""
+        n_q, n_kv = q.shape[2], k.shape[2]
+        mask = None
+        if 1 < n_q < n_kv:  # torch's causal flag aligns top-left, so the bottom-right triangle is spelled out
+            mask = torch.ones(n_q, n_kv, dtype=torch.bool, device=q.device).tril(n_kv - n_q)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=n_q == n_kv,
+            scale=self.softmax_scale,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    def _segments(
+        self, q: Tensor, k: Tensor, v: Tensor, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]
+    ) -> Tensor:
+        if len(set(query_lengths + key_lengths)) == 1:
+            shape = (len(query_lengths), query_lengths[0])
             q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
-            return self._sdpa(q, k, v, causal=True).transpose(1, 2).flatten(0, 1)
-        heads_first = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v))
-        outs = [self._sdpa(*part, causal=True) for part in zip(*heads_first, strict=True)]  # type: ignore[misc]
+            return self._causal(q, k, v).transpose(1, 2).flatten(0, 1)
+        pairs = ((q, query_lengths), (k, key_lengths), (v, key_lengths))
+        heads_first = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x, lengths in pairs)
+        outs = [self._causal(*part) for part in zip(*heads_first, strict=True)]
         return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments) -> Tensor:
-        q, k, v = (x.squeeze(1) for x in (query, key, value))
-        if (self.dropout and self.training) or q.dtype == torch.float32:
-            lengths = tuple(packed.cu_seqlens_q.diff().tolist())  # the kernel has neither dropout nor fp32
-            return self._segments(query, key, value, lengths)
-        longest = packed.max_seqlen_q
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, queries: QueryRange, longest: int) -> Tensor:
         out = varlen_attn(
             q,
             k,
             v,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_q,
-            longest,
-            longest,
+            queries.cu_seqlens_q,
+            queries.cu_seqlens_k,
+            min(longest, q.shape[0]),
+            min(longest, k.shape[0]),
             scale=self.softmax_scale,
-            window_size=(-1, 0),
+            window_size=(-1, 0),  # causal; the last query of a segment is aligned with its last key
             enable_gqa=q.shape[1] != k.shape[1],
         )
         assert isinstance(out, Tensor)  # a pair only when auxiliary results are asked for

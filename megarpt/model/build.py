@@ -20,11 +20,9 @@ from megarpt.config.presets import PRESETS
 from megarpt.config.schema import ModelConfig, PretrainConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError
-from megarpt.model.attention import PackedSegments
 from megarpt.model.specs import Backend, decoder_spec, default_backend
-from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
+from megarpt.model.token_stats_gpt import TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.structs import TokenBatch, TokenStats
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -61,9 +59,16 @@ def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: 
         raise ConfigError("\n  ".join(mistakes))
     fields = dict(PRESETS[cfg.model.preset].transformer) | dict(cfg.model.mcore)
     activation = fields.pop("activation")
+    if "moe_aux_loss_coeff" in fields:
+        fields["moe_aux_loss_coeff"] = _per_token(fields["moe_aux_loss_coeff"], cfg, layout)
     bf16 = cfg.train.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    defaults: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "persist_layer_norm": False}
+    defaults: dict[str, Any] = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "persist_layer_norm": False,
+        "moe_token_dispatcher_type": "alltoall" if is_cuda else "allgather",
+    }
     try:
         return TransformerConfig(
             **defaults | fields,
@@ -74,10 +79,31 @@ def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: 
             pipeline_dtype=dtype,
             tensor_model_parallel_size=layout.tp,
             sequence_parallel=cfg.parallel.sequence_parallel,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            # The interleaved schedule computes wrong gradients with any other pair; 1F1B refuses overlap.
+            overlap_p2p_comm=layout.vpp is not None,
+            batch_p2p_comm=layout.vpp is None,
+            deallocate_pipeline_outputs=layout.pp > 1 and is_cuda,  # gloo may still be sending from that memory
             use_cpu_initialization=not is_cuda,
         )
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"model.mcore: megatron-core refuses this model: {error}") from error
+
+
+def _per_token(coefficient: Any, cfg: PretrainConfig, layout: ParallelLayout) -> Any:
+    """The auxiliary loss' coefficient such that it weighs the same under every layout and selection.
+
+    megatron-core multiplies the loss by the tokens of one rank of the tensor- and context-parallel group, and divides it by
+    the tokens that the whole group trains on.
+    """
+    if isinstance(coefficient, list):
+        return [_per_token(each, cfg, layout) for each in coefficient]
+    kept = cfg.objective.fraction if cfg.objective.weighting == "top_fraction" else 1.0
+    return coefficient * layout.tp * layout.cp * kept
 
 
 def padded_vocab_size(cfg: ModelConfig, tokenizer_vocab_size: int, tp: int) -> int:
@@ -97,18 +123,32 @@ def padded_vocab_size(cfg: ModelConfig, tokenizer_vocab_size: int, tp: int) -> i
 
 
 def build_network(
-    cfg: PretrainConfig, config: TransformerConfig, groups: ProcessGroups | None, *, vocab_size: int, backend: Backend
+    cfg: PretrainConfig,
+    config: TransformerConfig,
+    groups: ProcessGroups | None,
+    *,
+    vocab_size: int,
+    backend: Backend,
+    vp_stage: int | None = None,
 ) -> TokenStatsGPT:
-    """The bare network on megatron-core's current device; `groups` None takes megatron-core's own."""
+    """The bare network of this rank, or one piece of it, on megatron-core's current device.
+
+    `groups` None takes megatron-core's own.
+    """
     preset = PRESETS[cfg.model.preset]
     valid = cfg.model.vocab_size or vocab_size
+    pp_rank, last_stage = (groups.pp.rank(), groups.pp.size() - 1) if groups else (0, 0)
+    last_piece = (config.virtual_pipeline_model_parallel_size or 1) - 1
     return TokenStatsGPT(
         config=config,
-        transformer_layer_spec=decoder_spec(config, backend),
+        transformer_layer_spec=decoder_spec(config, backend, pp_rank=pp_rank, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(cfg.model, vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=preset.max_sequence_length,
+        pre_process=pp_rank == 0 and not vp_stage,
+        post_process=pp_rank == last_stage and vp_stage in (None, last_piece),
         parallel_output=True,
         pg_collection=groups.collection if groups else None,
+        vp_stage=vp_stage,
         valid_vocab_size=valid,
         head_chunk_tokens=cfg.train.head_chunk_tokens,
         **preset.gpt,
@@ -117,15 +157,36 @@ def build_network(
 
 def build_model(
     cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
-) -> DistributedDataParallel:
-    """The network, in its precision, on its device, ready for megatron-core's schedules and optimizer."""
+) -> list[DistributedDataParallel]:
+    """The network of this rank as model chunks, in its precision, on its device, ready for megatron-core's schedules.
+
+    One chunk, or as many as the interleaved schedule has pieces on a stage.
+    """
     config = transformer_config(cfg, layout, is_cuda=runtime.is_cuda)
-    network = build_network(cfg, config, groups, vocab_size=vocab_size, backend=default_backend(runtime.is_cuda))
-    network.to(runtime.device)
-    if config.bf16:
-        network = Float16Module(config, network)
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
-    return DistributedDataParallel(config, ddp, network, pg_collection=groups.collection)
+    parallel = cfg.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    chunks = []
+    for vp_stage in [None] if layout.vpp is None else range(layout.vpp):
+        network = build_network(
+            cfg, config, groups, vocab_size=vocab_size, backend=default_backend(runtime.is_cuda), vp_stage=vp_stage
+        )
+        network.to(runtime.device)
+        if config.bf16:
+            network = Float16Module(config, network)
+        is_first = not vp_stage
+        # Gradients of the later pieces come first, long before the step ends: one bucket each is enough for them.
+        chunks.append(
+            DistributedDataParallel(config, ddp, network, pg_collection=groups.collection, disable_bucketing=not is_first)
+        )
+    if parallel.overlap_grad_reduce:
+        suspend = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = suspend if len(chunks) > 1 else suspend[0]
+    return chunks
 
 
 def build_inference_network(
@@ -142,42 +203,3 @@ def unwrap(model: torch.nn.Module) -> TokenStatsGPT:
     network = unwrap_model(model)
     assert isinstance(network, TokenStatsGPT)
     return network
-
-
-def token_stats(model: torch.nn.Module, batch: TokenBatch, max_seqlen: int, *, entropy: bool = False) -> TokenStats:
-    """Run the model over a micro-batch, flattened so that documents are attention segments.
-
-    Shapes: tokens [b, s] -> logprob [b, s], entropy [b, s] or None.
-    """
-    logprob, entropies = _run(model, batch, max_seqlen, HeadMode.LOGPROB_ENTROPY if entropy else HeadMode.LOGPROB)
-    return TokenStats(logprob, entropies)
-
-
-def token_accuracy(model: torch.nn.Module, batch: TokenBatch, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Without gradients: (logprob [b, s] of every label, correct [b, s] bool, whether the label is the likeliest token)."""
-    with torch.no_grad():
-        logprob, correct = _run(model, batch, max_seqlen, HeadMode.LOGPROB_TOP1)
-    assert correct is not None
-    return logprob, correct
-
-
-def _run(model: torch.nn.Module, batch: TokenBatch, max_seqlen: int, mode: HeadMode) -> tuple[Tensor, Tensor | None]:
-    b, s = batch.tokens.shape
-    on_cpu = batch.tokens.device.type == "cpu"
-    packed = PackedSegments(
-        qkv_format="sbhd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        lengths=tuple(batch.cu_seqlens.diff().tolist()) if on_cpu else (),
-    )
-    unwrap(model).head_mode = mode
-    first, second = model(
-        input_ids=batch.tokens.reshape(1, b * s),
-        position_ids=batch.position_ids.reshape(1, b * s),
-        attention_mask=None,
-        labels=batch.labels.reshape(1, b * s),
-        packed_seq_params=packed,
-    )
-    return first.view(b, s), None if second is None else second.view(b, s)

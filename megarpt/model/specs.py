@@ -1,12 +1,11 @@
-"""Layer specs: Transformer Engine's modules where it is present, torch's otherwise."""
+"""Layer specs: Transformer Engine's modules where it is present, torch's otherwise; one core attention for both."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,21 +21,22 @@ def default_backend(is_cuda: bool) -> Backend:
     return "te" if is_cuda and has_transformer_engine() else "torch"
 
 
-def decoder_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec | TransformerBlockSubmodules:
-    """What megatron-core's GPTModel builds its decoder from."""
-    if backend == "te":
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
-        )
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.moe_grouped_gemm,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
+def decoder_spec(
+    config: TransformerConfig, backend: Backend, *, pp_rank: int = 0, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """What megatron-core's GPTModel builds the decoder layers of one pipeline stage (or one piece of it) from."""
+    is_te = backend == "te"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=is_te, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
     )
-    parts, attention = layer.submodules, layer.submodules.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = TorchNorm
-    attention.core_attention = SdpaCoreAttention
-    if attention.q_layernorm is not IdentityOp:
-        attention.q_layernorm = attention.k_layernorm = TorchNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=TorchNorm)
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = SdpaCoreAttention  # Transformer Engine's does not see document borders in this layout
+        if is_te:
+            continue
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchNorm
+        if attention.q_layernorm is not IdentityOp:
+            attention.q_layernorm = attention.k_layernorm = TorchNorm
+    if not is_te:
+        block.layer_norm = TorchNorm
+    return block

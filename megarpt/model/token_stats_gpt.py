@@ -36,6 +36,8 @@ class TokenStatsGPT(GPTModel):
         self.valid_vocab_size = valid_vocab_size
         self.head_chunk_tokens = head_chunk_tokens
         self.head_mode = HeadMode.LOGPROB
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.cp_group = None  # angles are gathered by position, so every rank keeps the whole table
 
     def _preprocess(self, *args: Any, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """As megatron-core, with rotary angles gathered by position so that they restart with every document."""
@@ -78,13 +80,3 @@ class TokenStatsGPT(GPTModel):
             vocab_size=shard.size,
             accumulate_main_grad=torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None,
         )
-
-
-def count_parameters(network: torch.nn.Module, *, multiplying_only: bool = False) -> int:
-    """Parameters of this rank, shared ones once; `multiplying_only` leaves out embeddings that are merely looked up."""
-    count = sum(parameter.numel() for parameter in network.parameters())
-    if multiplying_only and isinstance(network, TokenStatsGPT) and network.pre_process:
-        embedding = network.embedding
-        tied = network.share_embeddings_and_output_weights
-        count -= sum(p.numel() for name, p in embedding.named_parameters() if not (tied and name.startswith("word_embeddings")))
-    return count

@@ -26,9 +26,9 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
     Raises:
         ConfigError: there is nothing to evaluate on.
     """
-    layout = ParallelLayout(tp=1, dp=runtime.world_size)
+    layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
-    trained = load_pretrained(options.checkpoint, runtime, layout, groups)
+    trained = load_pretrained(options.checkpoint, runtime, layout, groups, options.parallel)
     cfg = trained.config
     corpora = options.corpora or cfg.data.valid
     if not corpora:
@@ -36,7 +36,7 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
     datasets = build_eval_sets(cfg, trained.tokenizer)
     micro_batch_size = options.micro_batch_size or cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size
-    per_batch = micro_batch_size * cfg.data.seq_length * runtime.world_size
+    per_batch = micro_batch_size * cfg.data.seq_length * groups.dp_size
     total = sum(min(d.num_windows * d.seq_length, options.max_tokens or sys.maxsize) for d in datasets.values())
     done = 0
     with ProgressLine("evaluate", total, console=terminal(), is_writer=runtime.rank == 0) as line:
@@ -47,7 +47,7 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
             line.update(min(done, total))
 
         results = evaluate(
-            trained.network,
+            [trained.network],
             datasets,
             groups,
             runtime.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megarpt.config.schema import GenerateOptions
+from megarpt.config.schema import GenerateOptions, ParallelConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.model.generation import generate
@@ -18,8 +18,9 @@ def run(options: GenerateOptions, runtime: Runtime) -> int:
     Raises:
         ConfigError: the prompt is empty or too long.
     """
-    layout = ParallelLayout(tp=1, dp=runtime.world_size)
-    trained = load_pretrained(options.checkpoint, runtime, layout, layout.initialize(options.seed))
+    parallel = ParallelConfig()
+    layout = ParallelLayout.resolve(parallel, runtime.world_size)
+    trained = load_pretrained(options.checkpoint, runtime, layout, layout.initialize(options.seed), parallel)
     tokenizer, limit = trained.tokenizer, trained.config.data.seq_length
     prompt = list(tokenizer.encode(options.prompt))
     if not prompt:

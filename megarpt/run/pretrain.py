@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,11 +16,13 @@ from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
-from megarpt.model.build import build_model, model_mistakes, unwrap
-from megarpt.model.token_stats_gpt import count_parameters
+from megarpt.model.build import build_model, model_mistakes
+from megarpt.model.parameters import ParameterCount, total_parameters
 from megarpt.objectives.build import build_objective
-from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.run.pretrained import keep_tokenizer, load_pretrained
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
+from megarpt.run.pretrained import load_pretrained
+from megarpt.run.tokenizer_files import keep_tokenizer
+from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
@@ -28,6 +32,7 @@ from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
 from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
+from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
 from megarpt.train.rundir import RunDir
@@ -36,6 +41,8 @@ from megarpt.train.signals import StopSignal, any_rank
 from megarpt.train.spikes import SpikeGuard
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
+from megarpt.train.stragglers import StragglerWatch, rank_places, ranks_by_host
+from megarpt.train.timers import StepTimers, attach
 from megarpt.train.trainer import Trainer, total_steps
 from megarpt.train.watchdog import Watchdog
 from megarpt.train.weights import load_weights
@@ -50,9 +57,11 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         raise ConfigError("\n  ".join([f"{len(mistakes)} mistakes in the configuration", *mistakes]))
     layout = ParallelLayout.resolve(cfg.parallel, runtime.world_size)
     is_writer = runtime.rank == 0
+    groups = layout.initialize(cfg.run.seed)
+    places = rank_places(stage=groups.collection.pp.rank())
     with (
         StopSignal(runtime) as stop,
-        together(partial(_open_run, cfg, runtime)) as folder,
+        together(partial(_open_run, cfg, runtime, ranks_by_host(places))) as folder,
         Peers(folder.faults_dir(from_rank_0(folder.restarts)), runtime.rank, runtime.world_size) as peers,
         Watchdog(
             folder, peers, hang_timeout_s=60.0 * cfg.faults.hang_timeout_minutes, flight_record=runtime.flight_record
@@ -63,12 +72,13 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             watchdog.beat(phase)
             stop.check(f"before {phase}")
 
-        groups = layout.initialize(cfg.run.seed)
         begin("building the model")
         tokenizer = load_tokenizer(cfg.data.tokenizer)
-        torch.manual_seed(cfg.run.seed)
-        model = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
-        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
+        torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
+        chunks = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
+        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
+        timers = StepTimers(runtime.clock())
+        attach(timers, chunks, optimizer)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
         begin("opening the data")
@@ -79,6 +89,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             dp_size=groups.dp_size,
             device=runtime.device,
             streams=() if reference else objective.streams,
+            share_over=groups.tp,
         )
         eval_sets = build_eval_sets(cfg, tokenizer)
         checkpoints = CheckpointManager(
@@ -89,7 +100,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             spikes = SpikeGuard(cfg.stability, agree=partial(any_rank, runtime=runtime), shows=is_writer)
 
         def restore() -> TrainState | None:
-            saved = checkpoints.load_latest(model, optimizer, scheduler)
+            saved = checkpoints.load_latest(chunks, optimizer, scheduler)
             if saved is not None:
                 folder.record(saved.progress, checkpoints.newest, counts=saved.counts())
                 batches.load_state_dict(saved.data)
@@ -101,22 +112,23 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         begin("reading the checkpoint")
         state = restore()
         if state is None and cfg.model.init_from is not None:
-            load_weights(cfg.model.init_from, model, tokenizer_sha256=tokenizer.sha256)
+            load_weights(cfg.model.init_from, chunks, tokenizer_sha256=tokenizer.sha256)
             optimizer.reload_model_params()
         begin("the first step")
         if is_writer:
             keep_tokenizer(folder.path, cfg.data.tokenizer)
         resume = state.progress if state else None
-        parameters = count_parameters(model)
+        parameters = total_parameters(chunks, groups)
         logger.info(
             "%s: %s parameters on %s, %d ranks; %s",
             folder.path,
-            f"{parameters:,}",
+            f"{parameters.total:,}",
             runtime.device_name,
             runtime.world_size,
             f"resuming at step {resume.step}" if resume else "starting",
         )
         with (
+            checkpoints,
             batches,
             MetricLog.open(folder, cfg, resume=resume) as log,
             ProgressLine(
@@ -126,37 +138,40 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 console=terminal(),
                 is_writer=is_writer,
             ) as line,
+            StepProfiler(cfg.profile, folder.profile_dir, runtime, timers, done=resume.step if resume else 0) as profiler,
         ):
+            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, guard=spikes, timers=timers)
+            perf = _perf_meter(cfg, runtime, parameters, folder, timers)
             trainer = Trainer(
                 cfg,
-                TrainStep(
-                    model,
-                    objective,
-                    optimizer,
-                    scheduler,
-                    groups,
-                    seq_length=cfg.data.seq_length,
-                    annotate=reference,
-                    guard=spikes,
-                ),
+                step,
                 batches,
-                state or TrainState(),
+                state or TrainState(progress=Progress(data_order=batches.data_order)),
                 evaluate=partial(
                     evaluate,
-                    model,
+                    chunks,
                     eval_sets,
                     groups,
                     runtime.device,
                     micro_batch_size=cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size,
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
-                save=partial(checkpoints.save, model=model, optimizer=optimizer, scheduler=scheduler),
+                save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
                 restore=restore,
+                checkpoints=checkpoints,
                 monitor=Monitor(
                     log,
                     line,
-                    _perf_meter(cfg, runtime, model, folder),
-                    BatchDumper(folder.dump_dir, runtime.rank, tokenizer.decode, source_names=[s.path for s in cfg.data.train]),
+                    perf,
+                    StragglerWatch(perf, places, runtime.device, interval_steps=cfg.logging.straggler_interval_steps),
+                    profiler,
+                    BatchDumper(
+                        folder.dump_dir,
+                        runtime.rank,
+                        tokenizer.decode,
+                        always=groups.speaks_for_the_loss,
+                        source_names=[s.path for s in cfg.data.train],
+                    ),
                     tokenizer.decode,
                 ),
                 run=folder,
@@ -169,9 +184,9 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     return EXIT_OK
 
 
-def _open_run(cfg: PretrainConfig, runtime: Runtime) -> RunDir:
+def _open_run(cfg: PretrainConfig, runtime: Runtime, hosts: Mapping[str, Any]) -> RunDir:
     has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
-    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend}
+    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend, "hosts": hosts}
     return RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=runtime.rank == 0)
 
 
@@ -185,24 +200,27 @@ def _online_reference(
     """
     if cfg.objective.reference is None:
         return None
-    reference = load_pretrained(cfg.objective.reference.checkpoint, runtime, layout, groups)
+    reference = load_pretrained(
+        cfg.objective.reference.checkpoint, runtime, layout.without_interleaving(), groups, cfg.parallel
+    )
     if reference.tokenizer.sha256 != tokenizer_sha256:
         raise ConfigError(
             f"objective.reference.checkpoint: {reference.checkpoint} was trained with tokenizer "
             f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
             "losses of different tokens cannot be compared: train a reference with this tokenizer"
         )
-    return OnlineReference(reference.network, [STREAM_OF_SCORER[cfg.objective.scorer]])
+    return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
 
 
-def _perf_meter(cfg: PretrainConfig, runtime: Runtime, model: torch.nn.Module, folder: RunDir) -> PerfMeter:
-    network = unwrap(model)
-    width = network.config.num_attention_heads * network.config.kv_channels
+def _perf_meter(
+    cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCount, folder: RunDir, timers: StepTimers
+) -> PerfMeter:
     return PerfMeter(
         world_size=runtime.world_size,
         flops_per_token=flops_per_token(
-            count_parameters(network, multiplying_only=True), network.config.num_layers, width, cfg.data.seq_length
+            parameters.multiplying, parameters.num_layers, parameters.attention_width, cfg.data.seq_length
         ),
         peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
         memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},
+        timers=timers,
     )

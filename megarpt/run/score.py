@@ -27,10 +27,12 @@ from megarpt.data.windows import WindowDataset
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError, StopRequested
 from megarpt.log import terminal
-from megarpt.model.build import token_stats
+from megarpt.model.forward import token_stats
+from megarpt.parallel.collectives import from_speaker
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.run.pretrained import Pretrained, load_pretrained
 from megarpt.run.score_journal import Journal
+from megarpt.train.evaluation import in_pipeline_loads
 from megarpt.train.progress import ProgressLine
 from megarpt.train.signals import StopSignal
 from megarpt.train.weights import checkpoint_hash
@@ -61,10 +63,10 @@ def run(options: ScoreOptions, runtime: Runtime) -> int:
 
 
 def _run(options: ScoreOptions, runtime: Runtime, stop: StopSignal) -> int:
-    layout = ParallelLayout(tp=1, dp=runtime.world_size)
+    layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
     stop.check("before reading the reference model")
-    reference = load_pretrained(options.reference, runtime, layout, groups)
+    reference = load_pretrained(options.reference, runtime, layout, groups, options.parallel)
     stop.check("before opening the corpus")
     seq_length = options.seq_length or reference.config.data.seq_length
     data = reference.config.data.model_copy(update={"seq_length": seq_length, "separate_documents": options.separate_documents})
@@ -125,33 +127,35 @@ def _score(
     stop: StopSignal,
 ) -> None:
     """Score all windows that are not on disk yet. Collectives: a gather of [b, s] values per stream and micro-batch."""
-    is_writer, s = runtime.rank == 0, dataset.seq_length
+    is_writer, s = groups.speaks_for_the_loss, dataset.seq_length
     journal = Journal(targets[0].prefix, [t.manifest for t in targets])
-    done = torch.tensor(journal.read() if is_writer else 0, device=runtime.device)
-    dist.broadcast(done, src=0)
-    windows_done = int(done)
+    windows_done = from_speaker(journal.read() if is_writer else 0, groups)
     writers = [_open_writer(t, dataset, windows_done) for t in targets] if is_writer else []
     wants_entropy = any(t.stream == "ref_entropy" for t in targets)
     durable_at = time.monotonic()
-    with ProgressLine("score", dataset.num_tokens, completed=windows_done * s, console=terminal(), is_writer=is_writer) as line:
-        for batch in evaluation_batches(
-            dataset,
-            micro_batch_size=options.micro_batch_size,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            device=runtime.device,
-            first_window=windows_done,
-        ):
-            stats = token_stats(reference.network, batch, s, entropy=wants_entropy)
-            streams = {"ref_nll": -stats.logprob, "ref_entropy": stats.entropy}
-            for i, target in enumerate(targets):
-                value = streams[target.stream]
-                assert value is not None
-                rows = _gather(torch.where(batch.loss_mask, value, torch.nan), groups, is_writer)
-                if is_writer:
-                    room = dataset.num_tokens - writers[i].num_values
-                    writers[i].append_raw(rows.reshape(-1)[:room].tobytes(), b"")
-            windows_done = min(windows_done + options.micro_batch_size * groups.dp_size, dataset.num_windows)
+    per_batch = options.micro_batch_size * groups.dp_size
+    batches = evaluation_batches(
+        dataset,
+        micro_batch_size=options.micro_batch_size,
+        dp_rank=groups.dp_rank,
+        dp_size=groups.dp_size,
+        device=runtime.device,
+        first_window=windows_done,
+    )
+    is_first = runtime.rank == 0
+    with ProgressLine("score", dataset.num_tokens, completed=windows_done * s, console=terminal(), is_writer=is_first) as line:
+        for together in in_pipeline_loads(batches, groups):
+            all_stats = token_stats([reference.network], together, groups, entropy=wants_entropy)
+            for batch, stats in zip(together, all_stats, strict=False):  # no statistics before the last stage
+                streams = {"ref_nll": -stats.logprob, "ref_entropy": stats.entropy}
+                for i, target in enumerate(targets):
+                    value = streams[target.stream]
+                    assert value is not None
+                    rows = _gather(torch.where(batch.loss_mask, value, torch.nan), groups)
+                    if is_writer:
+                        room = dataset.num_tokens - writers[i].num_values
+                        writers[i].append_raw(rows.reshape(-1)[:room].tobytes(), b"")
+            windows_done = min(windows_done + len(together) * per_batch, dataset.num_windows)
             line.update(min(windows_done * s, dataset.num_tokens))
             stopping = stop.agreed()
             if is_writer and (stopping or time.monotonic() - durable_at > _DURABLE_EVERY_S):
@@ -181,11 +185,11 @@ def _open_writer(target: _Target, dataset: WindowDataset, windows_done: int) -> 
     return writer
 
 
-def _gather(rows: torch.Tensor, groups: ProcessGroups, is_writer: bool) -> np.ndarray:
-    """[b, s] of every rank, in window order, on the writer."""
+def _gather(rows: torch.Tensor, groups: ProcessGroups) -> np.ndarray:
+    """[b, s] of all data-parallel ranks in window order, on the first of them."""
     rows = rows.float().contiguous()
     if groups.dp_size == 1:
         return rows.cpu().numpy()
-    parts = [torch.empty_like(rows) for _ in range(groups.dp_size)] if is_writer else None
-    dist.gather(rows, parts, dst=0, group=groups.dp)
+    parts = [torch.empty_like(rows) for _ in range(groups.dp_size)] if groups.dp_rank == 0 else None
+    dist.gather(rows, parts, dst=dist.get_global_rank(groups.dp, 0), group=groups.dp)
     return torch.cat(parts).cpu().numpy() if parts else np.empty(0, dtype=np.float32)

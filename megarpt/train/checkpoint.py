@@ -1,76 +1,103 @@
 """Save, resume, and read weights.
 
-A save writes into a folder of another name, and a rename makes it a checkpoint: a process killed at any moment leaves the
-checkpoint before it untouched. A load checks every byte first, then every shape, and only then overwrites anything. What lies
-in the folder is described in `checkpoint_files`.
+A save freezes what is to be written, by a copy in host memory, and lets training go on. A thread of each rank writes into a
+folder of another name; when all have, one adds the manifest, and a rename makes the folder a checkpoint: a process killed at
+any moment leaves the checkpoint before it untouched. A load checks every byte first, then every shape, and only then
+overwrites anything. What lies in the folder is described in `checkpoint_files`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import logging
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from threading import Event
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+import torch.distributed as dist
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megarpt
 from megarpt.config.load import config_hash, dump_resolved
 from megarpt.config.schema import PretrainConfig
-from megarpt.corpus.atomic import atomic_write_bytes, fsync_directory
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, DataError
 from megarpt.model.build import unwrap
 from megarpt.parallel.layout import ProcessGroups
-from megarpt.train.checkpoint_files import (
-    CONFIG,
-    LATEST,
-    MODEL,
-    TRAINING,
-    Manifest,
-    check_files,
-    describe_file,
-    list_checkpoints,
-    list_damaged,
-    read_manifest,
-    remove_checkpoint,
-    remove_leftovers,
-    set_aside,
-    step_name,
-    surplus,
-)
+from megarpt.structs import Progress
+from megarpt.train.background import at_once, in_background
+from megarpt.train.checkpoint_choice import newest_whole
+from megarpt.train.checkpoint_files import Manifest, read_manifest, remove_leftovers, set_aside, step_name
+from megarpt.train.checkpoint_job import SaveJob
+from megarpt.train.checkpoint_state import RunShards
 from megarpt.train.environment import git_state
-from megarpt.train.sharded import (
-    OPTIMIZER_METADATA,
-    first_error,
-    from_rank_0,
-    gathered,
-    load_sharded,
-    local_bytes,
-    save_sharded,
-    save_strategy,
-)
+from megarpt.train.optimizer_state import steps_of
+from megarpt.train.preflight import Room, disk_shortage, memory_shortage
+from megarpt.train.sharded import gathered, gathered_on_rank_0, on_rank_0
+from megarpt.train.sharded_save import Part
+from megarpt.train.staging import HostBuffer, room_for
 from megarpt.train.state import TrainState
-from megarpt.train.weights import describe_model, load_model, sharded_weights, weight_differences
+from megarpt.train.weights import describe_model, load_model, weight_differences
 
 logger = logging.getLogger(__name__)
 
-_MARGIN_BYTES = 16 << 20  # metadata, common state and manifest
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A checkpoint that became complete."""
+
+    path: Path
+    progress: Progress  # of the run when it was frozen
+    stall_s: float  # training waited
+    seconds: float  # from the call of `save` until it was complete
+
+
+class _Outcome(Enum):
+    """Of a piece of work; that of several is the lowest."""
+
+    FAILED = 0
+    BUSY = 1
+    DONE = 2
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A save under way."""
+
+    job: SaveJob
+    progress: Progress
+    started: float
+    work: Future[Any]  # of this rank: writing, then on the writer completing
+    is_staged: bool
+    is_written: bool = False  # by all ranks
+    stall_s: float = 0.0
+
+
+class _Facts(NamedTuple):
+    """What the ranks tell each other before a save."""
+
+    optimizer_steps: int
+    is_saved: bool  # known to the writer
+    token: int  # of the writer: names the attempt
 
 
 class CheckpointManager:
     """The checkpoints of one run. Every rank makes one and calls its methods together.
 
-    Collectives: a few small ones over all ranks in each method.
+    A context manager: leaving it gives up a save that is still under way.
+
+    Collectives: a few small ones over all ranks in each method, none in `poll` while no save is under way.
     """
 
     def __init__(
@@ -85,8 +112,12 @@ class CheckpointManager:
         self.newest: Path | None = None  # the checkpoint that was saved or restored last
         self._cfg, self._tokenizer_sha256 = cfg, tokenizer_sha256
         self._runtime, self._groups = runtime, groups
-        self._strategy = save_strategy(groups.dp)
-        self._attempt = 0
+        self._config, self._config_sha256 = dump_resolved(cfg), config_hash(cfg)
+        self._shards = RunShards(runtime, groups)
+        self._buffer = HostBuffer(runtime)
+        self._given_up = Event()
+        self._pending: _Pending | None = None
+        self._saved: list[SavedCheckpoint] = []
         self._is_writer = runtime.rank == 0
         self._versions = {
             "megarpt": megarpt.__version__,
@@ -94,50 +125,89 @@ class CheckpointManager:
             **{name: importlib.metadata.version(name) for name in ("torch", "megatron-core")},
         }
         try:
-            self._together(self._take_over)
+            on_rank_0(self._take_over)
         except (OSError, DataError) as error:
             raise CheckpointError(
                 f"{directory} cannot be prepared for checkpoints: {error}; fix the permissions or choose another run.dir"
             ) from error
 
     def save(
-        self, state: TrainState, model: torch.nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-    ) -> Path:
-        """Write the checkpoint of `state.progress.step`, then let older ones go. A step that is saved already stays as it is.
+        self,
+        state: TrainState,
+        model: Sequence[torch.nn.Module],
+        optimizer: ChainedOptimizer,
+        scheduler: OptimizerParamScheduler,
+    ) -> None:
+        """Begin the checkpoint of `state.progress.step`; a step that is saved already stays as it is.
+
+        When this returns, parameters and optimizer may change. `poll` tells when the checkpoint is complete. A save that is
+        still under way is waited for; without `checkpoint.async_save` so is this one.
 
         Raises:
-            CheckpointError: no space, or the file system refused; the checkpoints before are untouched.
+            CheckpointError: no space, or a write was refused; the checkpoints before are untouched.
         """
         started = time.perf_counter()
+        self._finish()
         final = self.directory / step_name(state.progress.step)
-        if from_rank_0(self._is_writer and self._is_saved(final)):
+        facts = gathered(_Facts(steps_of(optimizer), self._is_writer and self._is_saved(final), secrets.randbits(32)))
+        if facts[0].is_saved:
             self.newest = final
-            return final
-        parts = self._parts(state, model, optimizer, scheduler)
-        self._check_space(final, sum(local_bytes(part) for part in parts.values()))
-        self._attempt += 1
-        temporary = final.with_name(f"{final.name}.tmp-{self._attempt}")
-        try:
-            self._together(lambda: self._begin(temporary, parts))
-            for name, part in parts.items():
-                save_sharded(part, temporary / name, self._strategy)
-            manifest = self._manifest(state, unwrap(model), optimizer, self._describe_files(temporary))
-            self._together(lambda: self._complete(temporary, final, manifest))
-        except BaseException as error:
-            if self._is_writer:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError | DataError):
-                raise self._cannot_save(final, error) from error
-            raise
-        self.newest = final
-        if self._is_writer:
-            self._retain()
-        seconds = time.perf_counter() - started
-        logger.info("saved %s: %.1f MB in %.2f s", final, manifest.num_bytes / 1e6, seconds)
-        return final
+            return
+        optimizer_steps = max(each.optimizer_steps for each in facts)
+        parts = self._shards.parts(state, model, optimizer, scheduler, optimizer_steps=optimizer_steps)
+        has_memory = self._preflight(final, parts)
+        is_staged = self._cfg.checkpoint.async_save and has_memory
+        self._freeze(parts, is_staged)
+        job = SaveJob(
+            final=final,
+            # Not the name of a former attempt: a process that was given up for dead may still be writing there.
+            temporary=final.with_name(f"{final.name}.tmp-{facts[0].token}"),
+            manifest=self._manifest(state, model, has_optimizer_state=optimizer_steps > 0),
+            config=self._config,
+            parts=parts,
+            rank=self._runtime.rank,
+            given_up=self._given_up,
+        )
+        self._pending = _Pending(job, state.progress, started, _start(job.write, is_staged), is_staged)
+        if not is_staged:
+            self._finish()
+        else:
+            self._pending.stall_s = time.perf_counter() - started
+
+    def poll(self) -> list[SavedCheckpoint]:
+        """The checkpoints that became complete since the last call. To be called by all ranks at the same points of a run.
+
+        Collectives: none while no save is under way; else one all-reduce of a number, and a gather of objects when all ranks
+        have written.
+
+        Raises:
+            CheckpointError: on all ranks, when any of them could not write; the checkpoints before are untouched.
+        """
+        if self._pending is not None:
+            self._advance(self._pending, time.perf_counter())
+        saved, self._saved = self._saved, []
+        return saved
+
+    def finish(self) -> list[SavedCheckpoint]:
+        """`poll`, after waiting for the save that is under way."""
+        self._finish()
+        return self.poll()
+
+    def close(self) -> None:
+        """Give up what is under way on this rank, without asking the others: the run has ended with an error."""
+        if self._pending is not None:
+            self._given_up.set()
+            wait([self._pending.work])
+            self._pending = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
     def load_latest(
-        self, model: torch.nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+        self, model: Sequence[torch.nn.Module], optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler
     ) -> TrainState | None:
         """Continue from the newest whole checkpoint; None when the folder holds none.
 
@@ -148,16 +218,23 @@ class CheckpointManager:
             CheckpointError: all checkpoints are damaged, or the chosen one does not fit this run.
         """
         started = time.perf_counter()
-        checkpoint, manifest = self._choose()
-        if checkpoint is None or manifest is None:
+        self._finish()
+        self._reserve(model)
+        chosen = newest_whole(self.directory)
+        if chosen is None:
             return None
-        network = unwrap(model)
-        differences = weight_differences(manifest, network, self._tokenizer_sha256)
-        load_model(checkpoint, network, differences)
+        checkpoint, manifest = chosen
+        if not manifest.has_training_state:
+            raise CheckpointError(
+                f"{checkpoint} holds weights only, expected optimizer and data position too; to begin a run from these "
+                "weights, move them out of the run folder and name them in model.init_from"
+            )
+        differences = weight_differences(manifest, unwrap(model[0]), self._tokenizer_sha256)
+        load_model(checkpoint, model, differences)
         if differences:
             lines = "".join(f"\n  {key}: {text}" for key, text in differences.items())
             raise CheckpointError(f"{checkpoint} was made by another model:{lines}\nuse the configuration of the checkpoint")
-        state = self._load_training(checkpoint, manifest, network, optimizer, scheduler, differences)
+        state = self._shards.load(checkpoint, manifest, model, optimizer, scheduler, differences)
         self.newest = checkpoint
         logger.info(
             "continuing from %s: %.1f MB checked and read in %.2f s",
@@ -166,113 +243,6 @@ class CheckpointManager:
             time.perf_counter() - started,
         )
         return replace(state, restarts=state.restarts + 1)
-
-    def _parts(
-        self, state: TrainState, model: torch.nn.Module, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-    ) -> dict[str, dict[str, Any]]:
-        """Folder name -> sharded state. Weights lie apart, so that who needs only them reads and checks only them."""
-        weights = sharded_weights(unwrap(model))
-        training: dict[str, Any] = {
-            "state": state.to_dict(),
-            "scheduler": scheduler.state_dict(),
-            "rng": self._sharded_rng(),
-            "content_metadata": dict(OPTIMIZER_METADATA),
-        }
-        if len(optimizer.state):
-            training["optimizer"] = optimizer.sharded_state_dict(weights, metadata=dict(OPTIMIZER_METADATA))
-        return {MODEL: {"model": weights}, TRAINING: training}
-
-    def _sharded_rng(self) -> ShardedObject:
-        tracker = tensor_parallel.get_cuda_rng_tracker()
-        states = {"torch": self._runtime.rng_state(), "tracker": tracker.get_states()}
-        return ShardedObject("rng", states, (self._runtime.world_size,), (self._runtime.rank,), replica_id=0)
-
-    def _load_training(
-        self,
-        checkpoint: Path,
-        manifest: Manifest,
-        network: torch.nn.Module,
-        optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler,
-        differences: Mapping[str, str],
-    ) -> TrainState:
-        wanted: dict[str, Any] = {}
-        same_layout = dict(manifest.layout) == self._layout()
-        if same_layout:
-            wanted["rng"] = self._sharded_rng()
-        if manifest.has_optimizer_state:
-            weights = sharded_weights(network)
-            metadata = dict(OPTIMIZER_METADATA)
-            wanted["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
-        loaded = load_sharded(
-            wanted, checkpoint / TRAINING, what="optimizer.mcore", differences=differences, same_vocabulary=True
-        )
-        if manifest.has_optimizer_state:
-            optimizer.load_state_dict(loaded["optimizer"])
-        else:
-            optimizer.reload_model_params()  # no step was made: the masters are the weights
-        scheduler.num_steps = 0
-        scheduler.load_state_dict(loaded["scheduler"])
-        if same_layout:
-            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-            self._runtime.set_rng_state(loaded["rng"]["torch"])
-        else:
-            logger.warning(
-                "%s was written under the layout %s, this run has %s: random states start from run.seed",
-                checkpoint,
-                dict(manifest.layout),
-                self._layout(),
-            )
-        return TrainState.from_dict(loaded["state"])
-
-    def _choose(self) -> tuple[Path | None, Manifest | None]:
-        """The newest whole checkpoint; damaged ones that are newer are set aside."""
-        damaged: dict[Path, list[str]] = {}
-        for checkpoint in from_rank_0(list_checkpoints(self.directory)):
-            manifest, problems = self._check(checkpoint)
-            if not problems:
-                break
-            damaged[checkpoint] = problems
-        else:
-            self._refuse(damaged)
-            return None, None
-        self._together(lambda: self._set_aside(damaged, checkpoint))
-        return checkpoint, manifest
-
-    def _refuse(self, damaged: Mapping[Path, list[str]]) -> None:
-        """Never begin again in silence where a run has been."""
-        if damaged:
-            lines = "".join(f"\n  {problem}" for problems in damaged.values() for problem in problems)
-            raise CheckpointError(
-                f"{self.directory}: none of the {len(damaged)} checkpoints is whole:{lines}\n"
-                "restore one from a copy, or move the folder away to begin again"
-            )
-        aside = from_rank_0(list_damaged(self.directory))
-        if aside:
-            raise CheckpointError(
-                f"{self.directory} holds only checkpoints that were set aside as damaged ({', '.join(p.name for p in aside)}), "
-                "expected a whole one; restore one from a copy, or move the folder away to begin again"
-            )
-
-    def _check(self, checkpoint: Path) -> tuple[Manifest | None, list[str]]:
-        """The manifest and what is wrong, equal on every rank; ranks share the files."""
-        manifest: Manifest | None = None
-        try:
-            manifest = read_manifest(checkpoint)
-            names = sorted(manifest.files)[self._runtime.rank :: self._runtime.world_size]
-            problems = check_files(checkpoint, manifest, names)
-        except CheckpointError as error:
-            problems = [str(error)]
-        everyone = gathered(problems)
-        return manifest, list(dict.fromkeys(problem for each in everyone for problem in each))
-
-    def _set_aside(self, damaged: Mapping[Path, list[str]], chosen: Path) -> None:
-        for checkpoint, problems in damaged.items():
-            lines = "".join(f"\n  {problem}" for problem in problems)
-            logger.warning("%s is damaged and set aside as %s:%s", checkpoint, set_aside(checkpoint).name, lines)
-        if damaged:
-            logger.warning("going back to %s", chosen)
-        atomic_write_bytes(self.directory / LATEST, f"{chosen.name}\n".encode())
 
     def _take_over(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -289,93 +259,136 @@ class CheckpointManager:
             return False
         return True
 
-    def _begin(self, temporary: Path, parts: Mapping[str, Any]) -> None:
-        for name in parts:
-            (temporary / name).mkdir(parents=True)
-        atomic_write_bytes(temporary / CONFIG, dump_resolved(self._cfg).encode())
-
-    def _describe_files(self, temporary: Path) -> dict[str, dict[str, Any]]:
-        """Size and hash of every file; each rank reads what it wrote, the writer the rest."""
-        files: dict[str, dict[str, Any]] = {}
-        problem = None
-        try:
-            for path in sorted(temporary.rglob("*")):
-                is_shard = path.suffix == ".distcp"
-                mine = path.name.startswith(f"__{self._runtime.rank}_") if is_shard else self._is_writer
-                if path.is_file() and mine:
-                    files[str(path.relative_to(temporary))] = describe_file(path)
-        except OSError as error:
-            problem = str(error)
-        everyone = gathered((files, problem))
-        for _, text in everyone:
-            if text is not None:
-                raise OSError(text)
-        return {name: entry for each, _ in everyone for name, entry in sorted(each.items())}
-
-    def _complete(self, temporary: Path, final: Path, manifest: Manifest) -> None:
-        for name in (MODEL, TRAINING):
-            fsync_directory(temporary / name)
-        manifest.write(temporary)
-        temporary.rename(final)
-        fsync_directory(self.directory)
-        atomic_write_bytes(self.directory / LATEST, f"{final.name}\n".encode())
-
-    def _retain(self) -> None:
-        options = self._cfg.checkpoint
-        for checkpoint in surplus(self.directory, keep_last=options.keep_last, keep_every_steps=options.keep_every_steps):
-            try:
-                remove_checkpoint(checkpoint)
-            except OSError as error:
-                logger.warning("%s is not needed any more and cannot be removed: %s", checkpoint, error)
-
-    def _manifest(
-        self, state: TrainState, network: torch.nn.Module, optimizer: MegatronOptimizer, files: Mapping[str, Mapping[str, Any]]
-    ) -> Manifest:
+    def _manifest(self, state: TrainState, model: Sequence[torch.nn.Module], *, has_optimizer_state: bool) -> Manifest:
         return Manifest(
             step=state.progress.step,
             progress=asdict(state.progress),
-            config_sha256=config_hash(self._cfg),
+            config_sha256=self._config_sha256,
             tokenizer_sha256=self._tokenizer_sha256,
-            model=describe_model(network),
-            has_optimizer_state=len(optimizer.state) > 0,
-            layout=self._layout(),
+            model=describe_model(unwrap(model[0])),
+            has_optimizer_state=has_optimizer_state,
+            layout=self._shards.layout(),
             versions=self._versions,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            files=files,
+            files={},
         )
 
-    def _layout(self) -> dict[str, int]:
-        return {"world": self._runtime.world_size, "tp": self._groups.tp.size(), "dp": self._groups.dp_size}
+    def _preflight(self, final: Path, parts: Mapping[str, Part]) -> bool:
+        """Whether the hosts have memory for the copies; asked before anything is touched.
 
-    def _check_space(self, final: Path, own_bytes: int) -> None:
-        needed = sum(gathered(own_bytes)) + _MARGIN_BYTES
-        free = from_rank_0(shutil.disk_usage(self.directory).free if self._is_writer else 0)
-        if free < needed:
+        Raises:
+            CheckpointError: the disk has not enough space.
+        """
+        sizes = [size for part in parts.values() for size in part.sizes]
+        everyone = self._look_around(disk=sum(sizes), memory=room_for(sizes))
+        shortage = disk_shortage(everyone)
+        if shortage:
             raise CheckpointError(
-                f"{final}: the checkpoint needs {needed} bytes and {free} bytes are free; "
-                f"free space, or lower checkpoint.keep_last, and run the same command again. {self._former()}"
+                f"{final}: {shortage}; free space, or lower checkpoint.keep_last, and run the same command again. "
+                f"{self._former()}"
             )
+        return self._has_memory(everyone)
 
-    def _cannot_save(self, final: Path, error: OSError | DataError) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free
-        return CheckpointError(
-            f"{final} cannot be written: {error} ({free} bytes are free); free space or fix the permissions, then run the same "
-            f"command again. {self._former()}"
+    def _reserve(self, model: Sequence[torch.nn.Module]) -> None:
+        """Touch the memory of the first copy before it is needed, as far as its size follows from the parameters."""
+        if not self._cfg.checkpoint.async_save:
+            return
+        parameters = [p for chunk in model for p in chunk.parameters()]
+        # Two moments in fp32, and an fp32 master of every parameter of another precision. Replicas share the work unevenly.
+        total = sum(p.nbytes + p.numel() * (8 if p.dtype == torch.float32 else 12) for p in parameters)
+        expected = int(1.1 * total) // self._groups.dp_cp.size()
+        if self._has_memory(self._look_around(disk=0, memory=expected)):
+            self._buffer.reserve(expected)
+
+    def _look_around(self, *, disk: int, memory: int) -> list[Room]:
+        """What all ranks need and see."""
+        missing = max(memory - self._buffer.num_bytes, 0) if self._cfg.checkpoint.async_save else 0
+        return gathered(Room.of(self.directory, disk=disk, memory=missing))
+
+    def _has_memory(self, everyone: Sequence[Room]) -> bool:
+        shortage = memory_shortage(everyone)
+        if shortage:
+            logger.warning(
+                "no room for a copy of the training state (%s): training waits while a checkpoint is written, as with "
+                "checkpoint.async_save=false; free memory, or spread the run over more hosts",
+                shortage,
+            )
+        return shortage is None
+
+    def _freeze(self, parts: Mapping[str, Part], is_staged: bool) -> None:
+        """From here on nothing that is written changes; unstaged parts are written before training goes on."""
+        if is_staged:
+            self._buffer.reserve(room_for(size for part in parts.values() for size in part.sizes))
+            self._buffer.clear()
+        for part in parts.values():
+            part.freeze(self._buffer.copy if is_staged else None, self._given_up.is_set)
+        self._runtime.synchronize()
+
+    def _finish(self) -> None:
+        while self._pending is not None:
+            began = time.perf_counter()
+            wait([self._pending.work])
+            self._advance(self._pending, began)
+
+    def _advance(self, pending: _Pending, began: float) -> None:
+        """One stage further, when all ranks have come to the end of the present one; `began` is when training began to wait."""
+        outcome = self._agree(pending.work)
+        if outcome is _Outcome.FAILED:
+            self._pending = None
+            raise self._failure(pending)
+        if outcome is _Outcome.DONE and not pending.is_written:
+            pending.is_written = True
+            everyone = gathered_on_rank_0(pending.work.result())
+            if everyone is not None:
+                job, options = pending.job, self._cfg.checkpoint
+                pending.work = _start(lambda: job.complete(everyone, options), pending.is_staged)
+        elif outcome is _Outcome.DONE:
+            self._pending = None
+        pending.stall_s += time.perf_counter() - began
+        if self._pending is None:
+            self._complete(pending)
+
+    def _complete(self, pending: _Pending) -> None:
+        self.newest = pending.job.final
+        seconds = time.perf_counter() - pending.started
+        stall_s = pending.stall_s if pending.is_staged else seconds
+        self._saved.append(SavedCheckpoint(self.newest, pending.progress, stall_s, seconds))
+        if self._is_writer:
+            num_bytes = pending.work.result().num_bytes
+            logger.info("saved %s: %.1f MB in %.2f s; training waited %.3f s", self.newest, num_bytes / 1e6, seconds, stall_s)
+
+    def _agree(self, work: Future[Any]) -> _Outcome:
+        """The outcome of the slowest rank; of any that failed. Collectives: one all-reduce of a number over the world."""
+        own = _Outcome.BUSY
+        if work.done():
+            own = _Outcome.DONE if work.exception() is None else _Outcome.FAILED
+        if self._runtime.world_size == 1:
+            return own
+        lowest = torch.tensor(own.value, device=self._runtime.device)
+        dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        return _Outcome(int(lowest))
+
+    def _failure(self, pending: _Pending) -> BaseException:
+        """What ended a save, the same on all ranks unless it was a mistake of the program; nothing of the save is left."""
+        wait([pending.work])  # this rank may still be writing
+        error = pending.work.exception()
+        is_expected = isinstance(error, OSError | DataError)
+        everyone = gathered(None if error is None else str(error) if is_expected else repr(error))
+        if self._is_writer:
+            shutil.rmtree(pending.job.temporary, ignore_errors=True)
+        if error is not None and not is_expected:
+            return error
+        texts = [text if len(everyone) == 1 else f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text]
+        failure = CheckpointError(
+            f"{pending.job.final} cannot be written: {'; '.join(texts)} ({shutil.disk_usage(self.directory).free} bytes are "
+            f"free); free space or fix the permissions, then run the same command again. {self._former()}"
         )
+        failure.__cause__ = error
+        return failure
 
     def _former(self) -> str:
         return f"{self.newest} is intact" if self.newest else "There was no checkpoint before it"
 
-    def _together(self, action: Callable[[], None]) -> None:
-        """Do something to the folder on the writer; when it fails, fail everywhere."""
-        problem: OSError | DataError | None = None
-        if self._is_writer:
-            try:
-                action()
-            except (OSError, DataError) as error:
-                problem = error
-        text = first_error(None if problem is None else str(problem))
-        if problem is not None:
-            raise problem
-        if text is not None:
-            raise OSError(text)
+
+def _start(work: Callable[[], Any], in_the_background: bool) -> Future[Any]:
+    return in_background("checkpoint", work) if in_the_background else at_once(work)

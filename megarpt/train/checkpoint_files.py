@@ -44,12 +44,12 @@ class Manifest:
     """What a checkpoint is of, and what its files must be."""
 
     step: int
-    progress: Mapping[str, int]
+    progress: Mapping[str, int | str]
     config_sha256: str
     tokenizer_sha256: str
     model: Mapping[str, Any]  # configuration key -> value, of all that decides the shape and the meaning of the weights
     has_optimizer_state: bool  # False before the first successful step
-    layout: Mapping[str, int]  # world, tp and dp of the run that wrote it
+    layout: Mapping[str, int]  # world size and parallel sizes of the run that wrote it
     versions: Mapping[str, Any]
     created: str
     files: Mapping[str, Mapping[str, Any]]  # path inside the checkpoint -> {"bytes", "sha256"}
@@ -57,6 +57,11 @@ class Manifest:
     @property
     def num_bytes(self) -> int:
         return sum(int(entry["bytes"]) for entry in self.files.values())
+
+    @property
+    def has_training_state(self) -> bool:
+        """False for weights that were exported: a run can begin from them, not continue."""
+        return any(name.startswith(f"{TRAINING}/") for name in self.files)
 
     def write(self, checkpoint: Path) -> None:
         """Make the folder a complete checkpoint."""
@@ -111,13 +116,7 @@ def list_damaged(directory: Path) -> list[Path]:
 
 def latest_checkpoint(directory: str | Path) -> Path | None:
     """The newest checkpoint with a whole manifest; None when there is none."""
-    for checkpoint in list_checkpoints(Path(directory)):
-        try:
-            read_manifest(checkpoint)
-        except CheckpointError:
-            continue  # whoever loads the folder names the damage
-        return checkpoint
-    return None
+    return next((path for path in list_checkpoints(Path(directory)) if _has_manifest(path)), None)
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -217,8 +216,8 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def surplus(directory: Path, *, keep_last: int, keep_every_steps: int) -> list[Path]:
-    """Checkpoints that the retention rule lets go of, oldest first."""
-    old = list_checkpoints(directory)[keep_last:]
+    """Checkpoints that the retention rule lets go of, oldest first. Only those with a whole manifest count, or go."""
+    old = [path for path in list_checkpoints(directory) if _has_manifest(path)][keep_last:]
     return [path for path in reversed(old) if not keep_every_steps or _step(path) % keep_every_steps]
 
 
@@ -226,6 +225,14 @@ def _matching(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
     if not directory.is_dir():
         return []
     return [path for path in directory.iterdir() if pattern.fullmatch(path.name) and path.is_dir()]
+
+
+def _has_manifest(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False  # whoever loads the folder names the damage
+    return True
 
 
 def _step(checkpoint: Path) -> int:

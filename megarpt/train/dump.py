@@ -38,20 +38,30 @@ class BatchDumper:
         rank: int,
         decode: Callable[[Sequence[int]], str],
         *,
+        always: bool = True,
         source_names: Sequence[str] = (),
         limit: int = 20,
     ) -> None:
-        """`limit` bounds the dumps of this rank in the folder, earlier attempts of the run included."""
-        self._folder, self._rank, self._decode = folder, rank, decode
+        """Dumps of one rank.
+
+        Args:
+            folder: where they go.
+            rank: this one, for the names of the files.
+            decode: ids to text.
+            always: write although the losses of this rank are finite; one rank of a run should.
+            source_names: corpora of the blend.
+            limit: bounds the dumps of this rank in the folder, earlier attempts of the run included.
+        """
+        self._folder, self._rank, self._decode, self._always = folder, rank, decode, always
         self._source_names, self._limit = tuple(source_names), limit
 
     def dump(self, step: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], report: StepReport) -> Path | None:
         """Write the micro-batches of `step`; the JSON file's path, or None when nothing was written.
 
-        A rank other than 0 whose own losses are finite writes nothing. A step that is done again after a resume replaces its
-        own dump.
+        A rank whose own losses are finite writes nothing, but for the one that always does; nor does one that computes none.
+        A step that is done again after a resume replaces its own dump.
         """
-        if self._rank > 0 and not any(_bad_positions(batch, output) for batch, output in work):
+        if not self._always and not any(_bad_positions(batch, output) for batch, output in work):
             return None
         path = self._folder / f"step_{step:08d}_rank{self._rank}.json"
         others = {p for p in self._folder.glob(f"step_*_rank{self._rank}.json") if p != path}

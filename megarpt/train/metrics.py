@@ -121,6 +121,13 @@ class MetricLog:
         interval = self._config.histogram_interval_steps
         return interval > 0 and step % interval == 0
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after `step` steps is on file, so that a resumed run need not repeat it.
+
+        Known on the writer rank only: evaluation is collective, so the answer has to be broadcast.
+        """
+        return step == self._last_step and "valid" in self._kinds
+
     def step(self, report: StepReport, progress: Progress, extra: Mapping[str, float] | None = None) -> None:
         """Write an optimizer step, when it is due or was skipped. `progress` counts the step itself."""
         if self._file is not None and (self.is_due(progress.step) or report.skipped):
@@ -158,7 +165,7 @@ class MetricLog:
             self.text("samples/kept_tokens", decoded_sample(batch, output, decode), progress)
 
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
-        """Show a text in the dashboards; `metrics.jsonl` holds numbers only."""
+        """Show a text in the dashboards; it does not go into `metrics.jsonl`."""
         for sink in self._sinks:
             self._send(sink.text, tag, markdown, progress)
 

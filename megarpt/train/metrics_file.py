@@ -11,7 +11,7 @@ import logging
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megarpt.corpus.atomic import cannot_write, fsync_directory
@@ -20,7 +20,7 @@ from megarpt.errors import DataError
 logger = logging.getLogger(__name__)
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_DISCARDED = "metrics.discarded.jsonl"
+DISCARDED = "metrics.discarded.jsonl"
 
 
 class MetricsFile:
@@ -61,11 +61,18 @@ class MetricsFile:
         os.close(self._file)
 
 
-def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, str | int | float]]:
+def read_metrics(
+    path: Path, kind: str | None = None, *, on_damage: Callable[[str], None] | None = None
+) -> Iterator[dict[str, str | int | float]]:
     """The lines of a metrics file, of one kind or all; a partial last line is left out.
 
+    Args:
+        path: the file.
+        kind: of the lines wanted.
+        on_damage: takes the message about a damaged line, which is then passed over.
+
     Raises:
-        DataError: a line other than a partial last one is not a metrics line.
+        DataError: a line other than a partial last one is not a metrics line, and there is no `on_damage`.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -73,7 +80,11 @@ def read_metrics(path: Path, kind: str | None = None) -> Iterator[dict[str, str 
                 return
             line = _parse(raw)
             if line is None:
-                raise DataError(f"{path}, line {number}: got {raw[:80]!r}, expected a metrics line; remove it to read the rest")
+                message = f"{path}, line {number}: got {raw[:80]!r}, expected a metrics line; remove it to read the rest"
+                if on_damage is None:
+                    raise DataError(message)
+                on_damage(message)
+                continue
             if kind is None or line["kind"] == kind:
                 yield {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in line.items()}
 
@@ -96,10 +107,10 @@ def rewind_metrics(path: Path, step: int) -> set[str]:
                 kinds = _kinds_at(content, keep, step)
                 discarded = content[keep:]
             if discarded:
-                _keep_discarded(path.with_name(_DISCARDED), discarded)
+                _keep_discarded(path.with_name(DISCARDED), discarded)
                 file.truncate(keep)
                 os.fsync(file.fileno())
-                logger.info("moved %d bytes of metrics beyond step %d to %s", len(discarded), max(step, 0), _DISCARDED)
+                logger.info("moved %d bytes of metrics beyond step %d to %s", len(discarded), max(step, 0), DISCARDED)
     except OSError as error:
         raise cannot_write(path, error) from error
     return kinds

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarpt.config.schema import OptimizerConfig, TrainConfig
@@ -25,8 +26,8 @@ def optimizer_mistakes(cfg: OptimizerConfig) -> list[str]:
 
 
 def build_optimizer(
-    cfg: OptimizerConfig, train: TrainConfig, model: DistributedDataParallel, groups: ProcessGroups
-) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    cfg: OptimizerConfig, train: TrainConfig, chunks: Sequence[DistributedDataParallel], groups: ProcessGroups
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """AdamW over the model's parameters, and the schedule that sets its learning rate.
 
     Units: the schedule's steps are tokens fed through the model, global over all ranks.
@@ -38,14 +39,21 @@ def build_optimizer(
     if mistakes:
         raise ConfigError("\n  ".join(mistakes))
     bf16 = train.precision == "bf16"
+    ddp = chunks[0].ddp_config
     fields: dict[str, Any] = {name: getattr(cfg, name) for name in _DECLARED}
     try:
         config = McoreOptimizerConfig(
-            optimizer="adam", bf16=bf16, params_dtype=torch.bfloat16 if bf16 else torch.float32, **fields, **cfg.mcore
+            optimizer="adam",
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
+            **fields,
+            **cfg.mcore,
         )
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"optimizer.mcore: megatron-core refuses these values: {error}") from error
-    optimizer = get_megatron_optimizer(config, [model], pg_collection=groups.collection, use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(config, list(chunks), pg_collection=groups.collection, use_gloo_process_groups=False)
     decay_tokens = cfg.lr_decay_tokens or train.train_tokens
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -1,7 +1,7 @@
 """How fast a run is and what it occupies.
 
-Time is split by what it was spent on: steps, waiting for data within them, and the phases around them (evaluation, saving).
-Rates count steps only, so an evaluation does not look like a slow step.
+Time is split by what it was spent on: steps, the parts of a step (see `timers.py`), and what lies around steps (evaluation,
+saving). Rates count steps only, so an evaluation does not look like a slow step.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import psutil
 
-Phase = Literal["evaluation", "save"]
+from megarpt.train.timers import OWN_WORK, StepTimers
+
+Interlude = Literal["evaluation", "save_stall", "save"]
 
 # Dense bf16 FLOP/s from the vendor's data sheets, by a part of the device's name; the first match counts.
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
@@ -39,6 +41,7 @@ class PerfMeter:
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         memory: Callable[[], Mapping[str, float]] | None = None,
+        timers: StepTimers | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Start measuring.
@@ -48,35 +51,46 @@ class PerfMeter:
             flops_per_token: floating-point operations of forward and backward pass, for TFLOP/s; see `flops_per_token`.
             peak_flops: what one device can do in the precision of the run, for MFU; see `peak_flops`.
             memory: `mem/` tags to add whenever the rates are asked for.
+            timers: what megatron-core and the training step report their parts to.
             clock: seconds, monotonic.
         """
         self._world_size, self._flops_per_token, self._peak_flops = world_size, flops_per_token, peak_flops
         self._memory, self._clock = memory, clock
+        self._timers = timers or StepTimers()
         self._started = clock()
         self._step_s_total = 0.0
+        self._own_s, self._own_steps = 0.0, 0
         self._reset()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around one optimizer step, including the wait for its data."""
         start = self._clock()
-        yield
+        with self._timers.step():
+            yield
         self._step_s += self._clock() - start
         self._steps += 1
+        for parts in self._timers.finished():
+            self._timed_steps += 1
+            self._own_steps += 1
+            for name, seconds in parts.items():
+                self._parts[name] = self._parts.get(name, 0.0) + seconds
+                self._own_s += seconds if name in OWN_WORK else 0.0
 
-    @contextmanager
-    def data_wait(self) -> Iterator[None]:
+    def data_wait(self) -> AbstractContextManager[None]:
         """Around fetching the next batches, inside `step`."""
-        start = self._clock()
-        yield
-        self._data_s += self._clock() - start
+        return self._timers.phase("data_wait")
 
     @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """Around an evaluation or a save, outside `step`."""
+    def phase(self, name: Interlude) -> Iterator[None]:
+        """Around an evaluation, outside `step`."""
         start = self._clock()
         yield
-        self._phases[name] = self._phases.get(name, 0.0) + self._clock() - start
+        self.add(name, self._clock() - start)
+
+    def add(self, name: Interlude, seconds: float) -> None:
+        """Count time that passed elsewhere, such as on a thread that writes a checkpoint."""
+        self._phases[name] = self._phases.get(name, 0.0) + seconds
 
     def count_tokens(self, num_tokens: int) -> None:
         """Add the tokens a step fed through the model, over all ranks."""
@@ -88,7 +102,7 @@ class PerfMeter:
         self._step_s_total += self._step_s
         if self._steps:
             tags["time/step_s"] = self._step_s / self._steps
-            tags["time/data_wait_s"] = self._data_s / self._steps
+        tags |= {f"time/{name}_s": seconds / self._timed_steps for name, seconds in self._parts.items()}
         tags |= {f"time/{name}_s": seconds for name, seconds in self._phases.items()}
         if self._step_s > 0:
             rate = self._tokens / self._step_s
@@ -107,13 +121,20 @@ class PerfMeter:
         self._reset()
         return tags
 
+    def own_seconds(self) -> float:
+        """What this rank itself needed for a step, without the waits for its peers; the mean since the last call."""
+        mean = self._own_s / self._own_steps if self._own_steps else 0.0
+        self._own_s, self._own_steps = 0.0, 0
+        return mean
+
     def _reset(self) -> None:
-        self._steps, self._tokens = 0, 0
-        self._step_s, self._data_s = 0.0, 0.0
-        self._phases: dict[Phase, float] = {}
+        self._steps, self._tokens, self._timed_steps = 0, 0, 0
+        self._step_s = 0.0
+        self._parts: dict[str, float] = {}
+        self._phases: dict[Interlude, float] = {}
 
 
-def flops_per_token(num_parameters: int, num_layers: int, attention_width: int, seq_length: int) -> float:
+def flops_per_token(num_parameters: float, num_layers: int, attention_width: int, seq_length: int) -> float:
     """Multiply-adds counted as two, forward plus backward, without recomputation.
 
     6 for each parameter that multiplies (embeddings that are only looked up left out), and causal attention, whose queries see

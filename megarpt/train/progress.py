@@ -11,13 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from megarpt.structs import StepReport
+if TYPE_CHECKING:  # torch is not loaded to format a number
+    from megarpt.structs import StepReport
 
 logger = logging.getLogger(__name__)
 

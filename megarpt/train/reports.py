@@ -14,6 +14,7 @@ from megarpt.structs import Progress, StepReport
 
 # Fields whose values depend on the machine and the moment, not on the run: two equal runs differ in these and only these.
 MACHINE_PREFIXES = ("time/", "perf/", "mem/", "sys/")
+_ORDER_DIGITS = 16  # of the fingerprint's 64: enough to tell runs apart, short enough to read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,13 +80,14 @@ def step_scalars(report: StepReport) -> dict[str, float]:
     return tags
 
 
-def progress_fields(progress: Progress) -> dict[str, int]:
-    """The counters every metrics line starts with."""
+def progress_fields(progress: Progress) -> dict[str, int | str]:
+    """What every metrics line starts with: the counters, and which data they count."""
     return {
         "step": progress.step,
         "samples": progress.samples,
         "tokens/seen": progress.tokens_seen,
         "tokens/trained": progress.tokens_trained,
+        "data/order": progress.data_order[:_ORDER_DIGITS],
     }
 
 

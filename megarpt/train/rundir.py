@@ -5,7 +5,7 @@
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
     faults/attempt_<n>/   why an attempt failed or hung, written by the ranks concerned
-    metrics.jsonl, tensorboard/, checkpoints/, dumps/   written by others
+    metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
 Only the writer rank touches the folder, but for `faults/`.
 """
@@ -69,6 +69,7 @@ _FREE_KEYS = (
     "evaluation",
     "checkpoint",
     "logging",
+    "profile",
     "stability",  # switched on where a run turns out to need it
     "faults",
 )
@@ -167,6 +168,10 @@ class RunDir:
     @property
     def dump_dir(self) -> Path:
         return self.path / "dumps"
+
+    @property
+    def profile_dir(self) -> Path:
+        return self.path / "profile"
 
     def faults_dir(self, attempt: int) -> Path:
         """Of one attempt; the first is 0, as `restarts` counts them."""
@@ -382,9 +387,9 @@ def _failure_of(folder: Path) -> str:
 
 
 def _stand_of(record: Mapping[str, Any]) -> tuple[Progress, Path | None]:
-    names = ("step", "tokens_seen", "tokens_trained")
+    step, seen, trained = (int(record.get(name, 0)) for name in ("step", "tokens_seen", "tokens_trained"))
     checkpoint = record.get("checkpoint")
-    return Progress(**{name: int(record.get(name, 0)) for name in names}), None if checkpoint is None else Path(checkpoint)
+    return Progress(step=step, tokens_seen=seen, tokens_trained=trained), None if checkpoint is None else Path(checkpoint)
 
 
 def _show(value: Any) -> str:

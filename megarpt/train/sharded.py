@@ -1,11 +1,11 @@
-"""megarpt's side of megatron-core's `dist_checkpointing`: sharded state in, sharded files out, and back under any layout."""
+"""Reading sharded files back under any layout, with megatron-core's `dist_checkpointing`, and talk between ranks about it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,102 +18,15 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     apply_factories,
-    is_main_replica,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as write_tensors
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from megarpt.errors import CheckpointError
+from megarpt.errors import CheckpointError, DataError
 
-# How the optimizer shards its state: the one form that loads under every layout.
-OPTIMIZER_METADATA: Mapping[str, Any] = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight", "output_layer.bias")
-
-
-class InProcessSaveStrategy(TorchDistSaveShardedStrategy):
-    """megatron-core's torch_dist format, written by the training process itself.
-
-    megatron-core's synchronous save is its asynchronous one, waited for: it spawns a manager process and forks writers. The
-    files are the same when torch's own writer makes them here. `async_save` stays megatron-core's.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        """Write this rank's shards and wait until they are on the disk."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        write_tensors(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_Writer(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False),
-        )
-
-
-class _Writer(FileSystemWriter):
-    """Says what the file system said: torch reports a refused write as a corrupt archive, with the reason as its context."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            reason = error.__context__
-            if isinstance(reason, OSError):
-                raise OSError(reason.errno, reason.strerror, reason.filename) from error
-            raise
-
-
-def save_strategy(dp: ProcessGroup) -> TorchDistSaveShardedStrategy | FullyParallelSaveStrategyWrapper:
-    """How to write: replicas share the work."""
-    strategy = InProcessSaveStrategy()
-    # The distribution follows from the model alone, but two state dicts pass through one strategy: it is not cached.
-    return FullyParallelSaveStrategyWrapper(strategy, dp) if dp.size() > 1 else strategy
-
-
-def save_sharded(sharded: dict[str, Any], directory: Path, strategy: Any) -> None:
-    """Write a sharded state dict into an existing, empty folder.
-
-    Collectives: several over all ranks.
-
-    Raises:
-        OSError: on every rank, when any of them could not write.
-    """
-    try:
-        with _without_library_warnings():
-            dist_checkpointing.save(sharded, str(directory), strategy)
-    except CheckpointException as error:
-        refusals = {rank: text for rank, (cause, _) in error.failures.items() if (text := _refusal(cause)) is not None}
-        if not refusals:
-            raise
-        raise OSError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(refusals.items()))) from error
-    except RuntimeError as error:
-        text = _refusal(error)
-        if text is None:
-            raise
-        raise OSError(text) from error
-
-
-def _refusal(cause: BaseException) -> str | None:
-    """What the file system said; None when the failure is of another kind."""
-    if isinstance(cause, OSError):
-        return str(cause)
-    is_archive = isinstance(cause, RuntimeError) and "inline_container" in str(cause)
-    return f"torch could not write an archive: {cause}" if is_archive else None
 
 
 def load_sharded(
@@ -145,23 +58,18 @@ def load_sharded(
         is_absent = isinstance(entry, ShardedObject) and entry.unique_key not in stored
         return LocalNonpersistentObject(entry.data) if is_absent else entry
 
-    with _without_library_warnings():
+    with without_library_warnings():
         loaded: dict[str, Any] = dist_checkpointing.load(dict_list_map_inplace(keep, sharded), str(directory))
     return loaded
 
 
 @contextlib.contextmanager
-def _without_library_warnings() -> Iterator[None]:
+def without_library_warnings() -> Iterator[None]:
     """megatron-core calls what torch has deprecated; nobody who reads a run's log can change that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
         yield
-
-
-def local_bytes(sharded: Any) -> int:
-    """Tensor bytes that this rank is responsible for."""
-    return sum(t.data.nbytes for t in _tensors(sharded) if is_main_replica(t.replica_id))
 
 
 def content_hash(directory: Path, vocab_size: int) -> str:
@@ -172,20 +80,42 @@ def content_hash(directory: Path, vocab_size: int) -> str:
 
     Cost: reads every tensor; memory of the largest.
     """
-    metadata = FileSystemReader(directory).read_metadata()
     digest = hashlib.sha256()
-    for key, stored in sorted(metadata.state_dict_metadata.items()):
-        if not isinstance(stored, TensorStorageMetadata):
-            continue
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
-            read_tensors({key: tensor}, storage_reader=FileSystemReader(directory), no_dist=True)
+    for key in tensor_names(directory):
+        tensor = read_tensor(directory, key)
         if key in _VOCABULARY_TENSORS:
             tensor = tensor[:vocab_size]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tensor_names(directory: Path) -> list[str]:
+    """The tensors of a `model` or `training` folder, whatever the layout that wrote them."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return sorted(name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata))
+
+
+def read_tensor(directory: Path, name: str) -> torch.Tensor:
+    """One whole tensor in host memory. No collectives."""
+    stored: Any = FileSystemReader(directory).read_metadata().state_dict_metadata[name]
+    tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+    _read({name: tensor}, directory)
+    return tensor
+
+
+def read_objects(directory: Path) -> dict[str, Any]:
+    """All that a `model` or `training` folder holds besides tensors, of every rank and of all together. No collectives."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    objects: dict[str, Any] = {name: None for name, entry in stored.items() if not isinstance(entry, TensorStorageMetadata)}
+    _read(objects, directory)
+    return {**objects, **dist_checkpointing.load_common_state_dict(str(directory))}
+
+
+def _read(wanted: dict[str, Any], directory: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as asked for
+        read_tensors(wanted, storage_reader=FileSystemReader(directory), no_dist=True)
 
 
 def first_error(problem: str | None) -> str | None:
@@ -197,6 +127,25 @@ def first_error(problem: str | None) -> str | None:
     return next((each for each in everyone if each), None)
 
 
+def on_rank_0(action: Callable[[], None]) -> None:
+    """Do something to the file system on rank 0; when it fails, fail everywhere. Collectives: one gather of objects.
+
+    Raises:
+        OSError, DataError: on rank 0, what went wrong there; on the others an OSError that says the same.
+    """
+    problem: OSError | DataError | None = None
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except (OSError, DataError) as error:
+            problem = error
+    text = first_error(None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if text is not None:
+        raise OSError(text)
+
+
 def from_rank_0(value: Any) -> Any:
     """`value` of rank 0, on every rank. Collectives: one broadcast of objects."""
     if dist.get_world_size() == 1:
@@ -204,6 +153,16 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gathered_on_rank_0(value: Any) -> list[Any] | None:
+    """The values of all ranks on rank 0, None on the others. Collectives: one gather of objects."""
+    is_receiver = dist.get_rank() == 0
+    if dist.get_world_size() == 1:
+        return [value]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if is_receiver else None
+    dist.gather_object(value, everyone, dst=0)
+    return everyone
 
 
 def gathered(value: Any) -> list[Any]:
@@ -222,6 +181,7 @@ def _tensors(sharded: Any) -> list[ShardedTensor]:
 
 
 def _misfits(wanted: list[ShardedTensor], stored: Mapping[str, Any], same_vocabulary: bool) -> list[str]:
+    """What does not fit, on this rank. Collectives: one gather of names."""
     here = {t.key: tuple(t.global_shape) for t in wanted}
     there = {key: tuple(t.global_shape) for key, t in stored.items() if isinstance(t, ShardedTensor)}
     may_pad = {t.key for t in wanted if t.allow_shape_mismatch and same_vocabulary}
@@ -230,6 +190,7 @@ def _misfits(wanted: list[ShardedTensor], stored: Mapping[str, Any], same_vocabu
         return here[key] == there[key] or (key in may_pad and here[key][1:] == there[key][1:])
 
     missing = [f"{key}: missing in the checkpoint, expected shape {here[key]}" for key in sorted(set(here) - set(there))]
-    extra = [f"{key}: shape {there[key]} in the checkpoint, not in this run" for key in sorted(set(there) - set(here))]
+    everywhere = {key for each in gathered(list(here)) for key in each}  # pipeline stages hold different parameters
+    extra = [f"{key}: shape {there[key]} in the checkpoint, not in this run" for key in sorted(set(there) - everywhere)]
     other = [f"{key}: got shape {there[key]}, expected {here[key]}" for key in sorted(set(here) & set(there)) if not fits(key)]
     return missing + extra + other

@@ -19,7 +19,6 @@ class TrainState:
 
     progress: Progress = field(default_factory=Progress)
     data: Mapping[str, Any] = field(default_factory=dict)  # TokenBatches.state_dict(): position and fingerprint of the data
-    evaluated_at: int | None = None  # the step after which the newest evaluation was made
     skipped_in_a_row: int = 0  # steps since the last one that was applied
     skipped_total: int = 0
     spikes_total: int = 0
@@ -28,13 +27,16 @@ class TrainState:
     selection: Mapping[str, Any] = field(default_factory=dict)  # what a selection rule carries from step to step
     spikes: Mapping[str, Any] = field(default_factory=dict)  # SpikeGuard.state_dict(): the window that steps are judged by
 
-    def after_step(self, report: StepReport, *, samples: int, tokens_seen: int, is_spike: bool = False) -> TrainState:
+    def after_step(
+        self, report: StepReport, *, samples: int, tokens_seen: int, data_order: str = "", is_spike: bool = False
+    ) -> TrainState:
         """The state after one more step.
 
         Args:
             report: of the step.
             samples: sequences the step consumed over all ranks.
             tokens_seen: tokens it fed through the model over all ranks.
+            data_order: fingerprint of the data after the step.
             is_spike: whether its loss or gradient norm was a spike.
         """
         progress = Progress(
@@ -42,6 +44,7 @@ class TrainState:
             samples=self.progress.samples + samples,
             tokens_seen=self.progress.tokens_seen + tokens_seen,
             tokens_trained=self.progress.tokens_trained + (0 if report.skipped else report.num_tokens),
+            data_order=data_order,
         )
         return replace(
             self,

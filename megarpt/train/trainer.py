@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from megarpt.config.schema import PretrainConfig
 from megarpt.data.batches import TokenBatches
 from megarpt.errors import NumericsError, StopRequested
+from megarpt.train.checkpoint import CheckpointManager, SavedCheckpoint
 from megarpt.train.monitor import Monitor
 from megarpt.train.reports import EvaluationResult
 from megarpt.train.rundir import RunDir
+from megarpt.train.sharded import from_rank_0
 from megarpt.train.signals import StopSignal
 from megarpt.train.spikes import SpikeGuard, Verdict
 from megarpt.train.state import TrainState
@@ -33,8 +34,9 @@ class Trainer:
         state: TrainState,
         *,
         evaluate: Callable[..., Mapping[str, EvaluationResult]],
-        save: Callable[[TrainState], Path],
+        save: Callable[[TrainState], None],
         restore: Callable[[], TrainState | None],
+        checkpoints: CheckpointManager,
         monitor: Monitor,
         run: RunDir,
         stop: StopSignal,
@@ -42,12 +44,13 @@ class Trainer:
         spikes: SpikeGuard | None = None,
     ) -> None:
         self.cfg, self.step, self.batches, self.state = cfg, step, batches, state
-        self._evaluate, self._save, self._restore = evaluate, save, restore
+        self._evaluate, self._save, self._restore, self.checkpoints = evaluate, save, restore, checkpoints
         self.monitor, self.run, self.stop, self.watchdog, self.spikes = monitor, run, stop, watchdog, spikes
         self.step_samples = cfg.batch.global_batch_size
         self.step_tokens = self.step_samples * cfg.data.seq_length
         self.total_steps = total_steps(cfg)
-        self.has_checkpoint = state.progress.step > 0
+        self.evaluated_at: int | None = None
+        self.saved_at: int | None = None
 
     def fit(self) -> TrainState:
         """Train to the end.
@@ -60,24 +63,34 @@ class Trainer:
             self._fit()
         except StopRequested:
             self.save()
+            self.finish_saving()
             raise
         return self.state
 
     def _fit(self) -> None:
         cfg, start = self.cfg, self.state.progress.step
-        was_due = _every(cfg.evaluation.interval_steps, start) or start == self.total_steps
-        if self.state.evaluated_at != start and (was_due if start > 0 else cfg.evaluation.at_start):
+        self.saved_at = start if start > 0 else None
+        # The attempt before may have ended after the checkpoint and before the evaluation of the same step.
+        if from_rank_0(self.monitor.log.has_evaluation(start)):
+            self.evaluated_at = start
+        elif _every(cfg.evaluation.interval_steps, start) if start > 0 else cfg.evaluation.at_start:
             self.evaluate()
         while self.state.progress.step < self.total_steps:
             self.stop.check(f"at step {self.state.progress.step}")
             if not self.train_step():
                 self.roll_back()
                 continue
+            self.completed(self.checkpoints.poll())
             step = self.state.progress.step
-            if _every(cfg.evaluation.interval_steps, step) or step == self.total_steps:
+            if _every(cfg.evaluation.interval_steps, step):
                 self.evaluate()
-            if _every(cfg.checkpoint.interval_steps, step) or step == self.total_steps:
+            if _every(cfg.checkpoint.interval_steps, step):
                 self.save()
+        if self.evaluated_at != self.state.progress.step:
+            self.evaluate()
+        if self.saved_at != self.state.progress.step:
+            self.save()
+        self.finish_saving()
 
     def train_step(self) -> bool:
         """One optimizer step and its record; False when the run has to be rolled back."""
@@ -88,21 +101,26 @@ class Trainer:
             report = self.step(micro_batches, self.state.progress)
         verdict = self.spikes.take_verdict() if self.spikes is not None else Verdict()
         self.state = self.state.after_step(
-            report, samples=self.step_samples, tokens_seen=self.step_tokens, is_spike=verdict.is_spike
+            report,
+            samples=self.step_samples,
+            tokens_seen=self.step_tokens,
+            data_order=self.batches.data_order,
+            is_spike=verdict.is_spike,
         )
         if self.spikes is not None:
             totals = {"optim/spikes_total": self.state.spikes_total, "optim/rollbacks_total": len(self.state.left_out)}
             report = replace(report, metrics={**report.metrics, **verdict.scores, **totals})
         self.run.record(self.state.progress, counts=self.state.counts())
-        self.monitor.step(report, self.state, self.step_tokens, self.step.outputs)
+        self.monitor.step(report, self.state, self.step_tokens, self.step.outputs, self.step.first_output)
         if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
+            self.finish_saving()
             raise NumericsError(
                 f"{self.state.skipped_in_a_row} steps in a row (up to step {self.state.progress.step}) were skipped, because "
                 "loss or gradient was not finite or a spike, expected at most train.max_skipped_steps = "
                 f"{self.cfg.train.max_skipped_steps}; the batches are in {self.run.dump_dir}, the checkpoints in "
                 f"{self.run.checkpoint_dir} are intact: lower optimizer.lr or look at the dumped text, then run again"
             )
-        return not (verdict.is_held and self.cfg.stability.on_spike == "rollback" and self.has_checkpoint)
+        return not (verdict.is_held and self.cfg.stability.on_spike == "rollback" and bool(self.saved_at))
 
     def roll_back(self) -> None:
         """Go on from the newest checkpoint, behind the samples that were read since: the spike is not met again.
@@ -111,6 +129,7 @@ class Trainer:
             NumericsError: there were too many rollbacks.
         """
         self.watchdog.beat("rolling back")
+        self.finish_saving()
         spiked, end = self.state, self.batches.consumed_samples
         if len(spiked.left_out) >= self.cfg.stability.max_rollbacks:
             raise NumericsError(
@@ -123,6 +142,7 @@ class Trainer:
         first = self.batches.consumed_samples
         self.batches.move_to(end)
         self.state = spiked.rolled_back_to(saved, first=first, end=end)
+        self.saved_at, self.evaluated_at = self.state.progress.step, None
         self.monitor.log.rewind(self.state.progress)
         self.run.record(self.state.progress, counts=self.state.counts())
         logger.info(
@@ -146,25 +166,39 @@ class Trainer:
         with self.monitor.phase("evaluation"):
             results = self._evaluate(on_batch=on_batch)
         self.monitor.evaluation(results, self.state.progress)
-        self.state = replace(self.state, evaluated_at=step)
+        self.evaluated_at = step
 
     def save(self) -> None:
-        """A checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
+        """Begin a checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
         if self.state.skipped_in_a_row and not self.step.parameters_are_finite():
             logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
             return
+        self.finish_saving()
         self.watchdog.beat(f"save after step {self.state.progress.step}")
         self.monitor.log.flush()
-        with self.monitor.phase("save"):
-            state = replace(
+        self.step.gather_parameters()
+        self._save(
+            replace(
                 self.state,
                 data=self.batches.state_dict(),
                 selection=self.step.objective.state_dict(),
                 spikes=self.spikes.state_dict() if self.spikes is not None else {},
             )
-            path = self._save(state)
-        self.run.record(self.state.progress, path)
-        self.has_checkpoint = True
+        )
+        self.saved_at = self.state.progress.step
+        self.completed(self.checkpoints.poll())
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self.completed(self.checkpoints.finish())
+
+    def completed(self, checkpoints: Sequence[SavedCheckpoint]) -> None:
+        """Record checkpoints that have become complete."""
+        for saved in checkpoints:
+            self.run.record(saved.progress, saved.path)
+            self.monitor.perf.add("save_stall", saved.stall_s)
+            self.monitor.perf.add("save", saved.seconds)
+        self.run.record(self.state.progress)
 
 
 def total_steps(cfg: PretrainConfig) -> int:

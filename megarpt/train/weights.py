@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,14 @@ _IDENTITY = (
 _VOCABULARY = "model.vocab_size"
 
 
-def load_weights(path: str | Path, model: torch.nn.Module, *, tokenizer_sha256: str | None = None) -> Path:
+def load_weights(path: str | Path, model: Sequence[torch.nn.Module], *, tokenizer_sha256: str | None = None) -> Path:
     """Fill a model with the weights of a checkpoint, under any layout and precision; the checkpoint they came from.
 
     An optimizer built before must be told with `reload_model_params()`.
 
     Args:
         path: a run folder, its `checkpoints` folder or one checkpoint.
-        model: the bare network or any of megatron-core's wrappings of it.
+        model: this rank's chunks of the network, bare or in any of megatron-core's wrappings.
         tokenizer_sha256: of the run; the checkpoint's must be the same. None does not ask.
 
     Raises:
@@ -58,14 +58,13 @@ def load_weights(path: str | Path, model: torch.nn.Module, *, tokenizer_sha256: 
     problem = first_error("\n".join(problems))
     if problem:
         raise CheckpointError(problem)
-    network = unwrap(model)
-    differences = weight_differences(manifest, network, tokenizer_sha256)
+    differences = weight_differences(manifest, unwrap(model[0]), tokenizer_sha256)
     if "data.tokenizer" in differences:
         raise CheckpointError(
             f"{checkpoint} was made with another tokenizer: data.tokenizer: {differences['data.tokenizer']}; "
             "use the tokenizer of the checkpoint, or another checkpoint"
         )
-    load_model(checkpoint, network, differences)
+    load_model(checkpoint, model, differences)
     for key, text in differences.items():
         logger.warning("weights of %s: %s: %s", checkpoint, key, text)
     logger.info("read the weights of %s in %.2f s", checkpoint, time.perf_counter() - started)
@@ -101,10 +100,9 @@ def describe_model(network: torch.nn.Module) -> dict[str, Any]:
     return described
 
 
-def sharded_weights(network: Any) -> dict[str, Any]:
-    """A network's parameters as megatron-core's sharded tensors, views of the parameters themselves."""
-    weights: dict[str, Any] = network.sharded_state_dict()
-    return weights
+def sharded_weights(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """The parameters of this rank's chunks as megatron-core's sharded tensors, views of the parameters themselves."""
+    return {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(model)}
 
 
 def weight_differences(manifest: Manifest, network: torch.nn.Module, tokenizer_sha256: str | None) -> dict[str, str]:
@@ -117,13 +115,14 @@ def weight_differences(manifest: Manifest, network: torch.nn.Module, tokenizer_s
     }
 
 
-def load_model(checkpoint: Path, network: torch.nn.Module, differences: Mapping[str, str]) -> None:
-    """Fill a network from a checkpoint whose files were checked."""
+def load_model(checkpoint: Path, model: Sequence[torch.nn.Module], differences: Mapping[str, str]) -> None:
+    """Fill this rank's chunks from a checkpoint whose files were checked."""
     loaded = load_sharded(
-        {"model": sharded_weights(network)},
+        sharded_weights(model),
         checkpoint / MODEL,
         what="model",
         differences=differences,
         same_vocabulary=_VOCABULARY not in differences,
     )
-    network.load_state_dict(loaded["model"])
+    for i, chunk in enumerate(model):
+        unwrap(chunk).load_state_dict(loaded[f"model{i}"])

@@ -13,13 +13,20 @@ from packaging.requirements import Requirement
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import dump_resolved, load_config
 from megarpt.config.presets import PRESETS
-from megarpt.config.schema import EvaluateOptions, GenerateOptions, ObjectiveConfig, PretrainConfig, ScoreOptions
+from megarpt.config.schema import (
+    EvaluateOptions,
+    GenerateOptions,
+    ObjectiveConfig,
+    PretrainConfig,
+    ScoreOptions,
+    VerifyResumeOptions,
+)
 from megarpt.config.validate import STREAM_OF_SCORER
 from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "score", "evaluate", "generate", "show-config", "doctor")
+VERBS = ("pretrain", "score", "evaluate", "generate", "verify-resume", "show-config", "doctor")
 
 
 def project():
@@ -44,7 +51,7 @@ def examples():
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions])
+@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions, VerifyResumeOptions])
 def test_every_config_field_has_a_documentation_line(model):
     assert [field.key for field in iter_fields(model) if not field.doc.endswith((".", ")", "`"))] == []
 

@@ -13,16 +13,23 @@ MEGATRON_SEAMS = {
     "megarpt/data/order.py": "its helper builds the blend",
     "megarpt/data/streams.py": "its IndexedDataset reads sidecars",
     "megarpt/data/windows.py": "its IndexedDataset reads corpora",
+    "megarpt/device/without_te.py": "repairs it",
     "megarpt/model/attention.py": "core attention for its layer specs",
     "megarpt/model/build.py": "its model and data-parallel wrapper",
+    "megarpt/model/context.py": "its all-gather along the sequence",
+    "megarpt/model/forward.py": "its pipeline schedules",
     "megarpt/model/generation.py": "its inference context",
     "megarpt/model/norm.py": "norms for its layer specs",
+    "megarpt/model/parameters.py": "its marks of shared parameters",
     "megarpt/model/specs.py": "its layer specs",
     "megarpt/model/token_stats_gpt.py": "the head seam of its GPTModel",
     "megarpt/parallel/layout.py": "its parallel state",
-    "megarpt/train/checkpoint.py": "state of its optimizer, schedule and random generators",
+    "megarpt/train/checkpoint.py": "is handed its optimizer and schedule",
+    "megarpt/train/checkpoint_state.py": "state of its optimizer, schedule and random generators",
     "megarpt/train/optimizer.py": "its optimizer and schedule",
-    "megarpt/train/sharded.py": "its dist_checkpointing",
+    "megarpt/train/optimizer_state.py": "what its optimizers store",
+    "megarpt/train/sharded.py": "its dist_checkpointing, reading",
+    "megarpt/train/sharded_save.py": "its dist_checkpointing, writing",
     "megarpt/train/step.py": "its schedules and gradient finalization",
 }
 
@@ -34,6 +41,7 @@ TORCH_CUDA = {
 ENVIRONMENT = {
     "megarpt/cli.py": "rank and world size, before torch is loaded",
     "megarpt/device/": "the local rank torchrun gives",
+    "megarpt/run/verify_resume.py": "plays torchrun for the ranks it watches",
     "megarpt/testing/distributed.py": "plays torchrun for the ranks of a test",
 }
 

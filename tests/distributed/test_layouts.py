@@ -1,26 +1,83 @@
-"""Losses, gradient norms and selection do not depend on how the work is split over ranks and micro-batches."""
+"""Losses, gradient norms and selection are those of one process, however the work is divided over ranks and micro-batches.
+
+Every layout starts from the same weights, written by one process. fp32 agrees within 1e-5, bf16 within 1e-2.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megarpt.config.schema import ParallelConfig
+from megarpt.config.schema import ParallelConfig, PretrainConfig
 from megarpt.device import runtime
-from megarpt.model.build import build_model
+from megarpt.errors import ConfigError
+from megarpt.model.build import build_inference_network, build_model, unwrap
 from megarpt.objectives.build import build_objective
-from megarpt.parallel.layout import ParallelLayout
+from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.structs import Progress, TokenBatch
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
+from megarpt.testing.shards import write_sharded
 from megarpt.train.optimizer import build_optimizer
+from megarpt.train.reference import OnlineReference
+from megarpt.train.sharded import load_sharded
 from megarpt.train.step import TrainStep
 
-VOCAB, SEQUENCE, SAMPLES, STEPS = 300, 32, 8, 4
-SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
-SELECTION = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6}
+VOCAB, SEQUENCE, SAMPLES, MICRO_BATCH, STEPS = 300, 32, 16, 4, 6
+SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
+EXPERTS = {
+    "num_moe_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 48,
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+}
+
+TP, PP, CP, EP = (
+    {f"{name}_size": 2}
+    for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel", "expert_model_parallel")
+)
+SP = {**TP, "sequence_parallel": True}
+VPP = {**PP, "virtual_pipeline_model_parallel_size": 2}
+ZERO = {"use_distributed_optimizer": True}
+OVERLAP = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "dp2-overlapped": (2, {"overlap_grad_reduce": True}),
+    "dp2-zero": (2, ZERO),
+    "dp2-zero-overlapped": (2, OVERLAP),
+    "tp2": (2, TP),
+    "tp2-sp": (2, SP),
+    "pp2": (2, PP),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "pp2-interleaved": (2, VPP),
+    "cp2": (2, CP),
+    "cp4": (4, {"context_parallel_size": 4}),
+    "tp2-sp-pp2": (4, {**SP, **PP}),
+    "tp2-sp-cp2": (4, {**SP, **CP}),
+    "pp2-cp2": (4, {**PP, **CP}),
+    "cp2-dp2-zero": (4, {**CP, **ZERO}),
+    "pp2-interleaved-dp2-zero-overlapped": (4, {**VPP, **OVERLAP}),
+    "tp2-sp-dp2-zero-overlapped": (4, {**SP, **OVERLAP}),
+}
+EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dp2": (2, {}),
+    "ep2-zero": (2, {**EP, **ZERO}),
+    "ep2-pp2": (4, {**EP, **PP}),
+    "ep2-cp2": (2, {**EP, **CP}),
+    "ep2-tp2-sp": (4, {**EP, **SP, "expert_tensor_parallel_size": 1}),
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "lm": {},
+    "selection": {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6},
+    "entropy": {"scorer": "reference_entropy", "weighting": "top_fraction", "fraction": 0.6, "scope": "sequence"},
+}
 
 
 def make_samples(step: int, rows: torch.Tensor) -> TokenBatch:
@@ -43,89 +100,163 @@ def make_samples(step: int, rows: torch.Tensor) -> TokenBatch:
         sample_id=rows,
         source_id=torch.zeros(b, dtype=torch.int64),
         sample_index=step * SAMPLES + rows,
-        streams={"ref_nll": ref_nll},
+        streams={"ref_nll": ref_nll, "ref_entropy": ref_nll.flip(1)},
     )
 
 
-def train(objective: dict[str, Any], parallel: dict[str, Any], micro_batch: int, precision: str) -> dict[str, Any]:
-    """A few steps on this rank; what they reported, and how many tokens of which sample were kept."""
-    started = runtime.start("cpu")
-    cfg = tiny_config(
+def configuration(case: dict[str, Any], parallel: dict[str, Any]) -> PretrainConfig:
+    return tiny_config(
         **{
             "model": {
                 "preset": "tiny",
-                "mcore": SMALL,
-                "vocab_size": 384,
+                "mcore": {**SMALL, **case.get("mcore", {})},
+                "vocab_size": 384,  # no padding under any layout
                 "make_vocab_size_divisible_by": 64,
-            },  # no padding under any layout
+            },
             "data.seq_length": SEQUENCE,
-            "objective": objective,
+            "batch": {"micro_batch_size": MICRO_BATCH, "global_batch_size": SAMPLES},
+            "objective": case.get("objective", {}),
             "parallel": parallel,
-            "train.precision": precision,
-            "optimizer": {"lr": 1e-2, "min_lr": 1e-2, "lr_decay_style": "constant", "clip_grad": 0.5},
+            "train.precision": case.get("precision", "fp32"),
+            "optimizer": {"lr": 3e-3, "min_lr": 3e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
         }
     )
-    layout = ParallelLayout.resolve(ParallelConfig(**parallel), started.world_size)
+
+
+def online_reference(
+    case: dict[str, Any], cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, folder: Path
+) -> OnlineReference:
+    """A reference model of another depth than the student."""
+    smaller = {**cfg.model.mcore, "num_layers": 2}
+    own = cfg.model_copy(update={"model": cfg.model.model_copy(update={"mcore": smaller})})
+    network = build_inference_network(own, layout.without_interleaving(), groups, runtime.start("cpu"), vocab_size=VOCAB)
+    weights_from_one_process([network], folder / "reference")
+    return OnlineReference(network, groups, ["ref_nll"])
+
+
+def weights_from_one_process(chunks: list[torch.nn.Module], folder: Path) -> None:
+    """The first process to come here writes its weights, the others read them."""
+    sharded = {f"model{i}": unwrap(chunk).sharded_state_dict() for i, chunk in enumerate(chunks)}
+    if not folder.exists():
+        write_sharded(sharded, folder)
+        return
+    loaded = load_sharded(sharded, folder, what="model", differences={}, same_vocabulary=True)
+    for i, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{i}"])
+
+
+def train(case: dict[str, Any], parallel: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A few steps on this rank; what they reported, and which tokens of which sample were kept."""
+    started = runtime.start("cpu")
+    cfg = configuration(case, parallel)
+    layout = ParallelLayout.resolve(cfg.parallel, started.world_size)
     groups = layout.initialize(seed=1)
     torch.manual_seed(1)
-    model = build_model(cfg, layout, groups, started, vocab_size=VOCAB)
-    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
-    step = TrainStep(model, build_objective(cfg.objective, 1), optimizer, scheduler, groups, seq_length=SEQUENCE)
+    chunks = build_model(cfg, layout, groups, started, vocab_size=VOCAB)
+    weights_from_one_process(list(chunks), Path(folder) / "model")
+    optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
+    reference = online_reference(case, cfg, layout, groups, Path(folder)) if case.get("online") else None
+    step = TrainStep(chunks, build_objective(cfg.objective, 1), optimizer, scheduler, groups, annotate=reference)
     losses, norms, kept = [], [], {}
     for number in range(STEPS):
-        own = torch.arange(SAMPLES).view(-1, groups.dp_size, micro_batch)[:, groups.dp_rank]
-        report = step([make_samples(number, rows) for rows in own], Progress(step=number))
+        own = torch.arange(SAMPLES).view(-1, groups.dp_size, MICRO_BATCH)[:, groups.dp_rank]
+        batches = [make_samples(number, rows) for rows in own]
+        if not groups.is_last_stage or reference:  # only where tokens are selected are the streams read
+            batches = [replace(batch, streams={}) for batch in batches]
+        report = step(batches, Progress(step=number))
         losses.append(report.loss_nats)
         norms.append(report.grad_norm)
         for batch, output in step.outputs:
             kept |= {int(i): row.tolist() for i, row in zip(batch.sample_index, output.weight, strict=True)}
-    return {"losses": losses, "norms": norms, "kept": kept, "num_tokens": report.num_tokens}
+        assert bool(step.outputs) == groups.is_last_stage and step.first_output() is not None
+    return {"losses": losses, "norms": norms, "kept": kept, "num_tokens": report.num_tokens, "metrics": dict(report.metrics)}
 
 
-LAYOUTS = {
-    "microbatches": (1, {}, 2),
-    "dp2": (2, {}, 4),
-    "dp2-microbatches": (2, {}, 1),
-    "tp2": (2, {"tensor_model_parallel_size": 2}, 8),
-    "tp2-sp-microbatches": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
+CASES: dict[str, dict[str, Any]] = {
+    "lm": {},
+    "selection": {"objective": OBJECTIVES["selection"]},
+    "sequence-selection": {"objective": OBJECTIVES["entropy"]},
+    "online": {"objective": OBJECTIVES["selection"], "online": True},
+    "bf16": {"objective": OBJECTIVES["selection"], "precision": "bf16"},
+    "recompute-full": {"mcore": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}},
+    "recompute-attention": {"mcore": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
+    "recompute-mlp": {"mcore": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}},
+    "experts": {"mcore": EXPERTS},
+    "experts-selection": {"mcore": EXPERTS, "objective": OBJECTIVES["selection"]},
 }
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    """One rank, one micro-batch: what every layout has to agree with."""
-    cases = {("lm", "fp32"): {}, ("selection", "fp32"): SELECTION, ("selection", "bf16"): SELECTION}
-    return {case: spawn(1, train, objective, {}, SAMPLES, case[1])[0] for case, objective in cases.items()}
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What one process computes, and where its first weights lie, for each case; computed when first asked for."""
+    known: dict[str, tuple[dict[str, Any], str]] = {}
+
+    def ask(name: str) -> tuple[dict[str, Any], str]:
+        if name not in known:
+            folder = str(tmp_path_factory.mktemp(name))
+            known[name] = (spawn(1, train, CASES[name], {}, folder)[0], folder)
+        return known[name]
+
+    return ask
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("objective", ["lm", "selection"])
-def test_fp32_layouts_agree_with_one_rank(layout: str, objective: str, alone: dict[str, Any]) -> None:
-    world, parallel, micro_batch = LAYOUTS[layout]
-    settings = SELECTION if objective == "selection" else {}
-    ranks = spawn(world, train, settings, parallel, micro_batch, "fp32")
-    expected = alone[objective, "fp32"]
+def check(name: str, world: int, parallel: dict[str, Any], alone: Any, tolerance: float = 1e-5) -> None:
+    expected, folder = alone(name)
+    ranks = spawn(world, train, CASES[name], parallel, folder)
     for rank in ranks:
-        assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-5)
-        assert rank["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+        assert rank["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+        assert rank["norms"] == pytest.approx(expected["norms"], rel=20 * tolerance)
         assert rank["num_tokens"] == expected["num_tokens"]
+        assert rank["metrics"] == pytest.approx(expected["metrics"], abs=10 * tolerance, rel=10 * tolerance)
     together = {sample: row for rank in ranks for sample, row in rank["kept"].items()}
     assert together.keys() == expected["kept"].keys()
     differing = sum(a != b for s in together for a, b in zip(together[s], expected["kept"][s], strict=True))
-    assert differing <= 2  # rounding may swap the two tokens at the threshold
+    assert differing <= (2 if tolerance < 1e-4 else 60)  # rounding may swap the two tokens at the threshold
 
 
-def test_bf16_data_parallel_agrees_with_one_rank(alone: dict[str, Any]) -> None:
-    for rank in spawn(2, train, SELECTION, {}, 2, "bf16"):
-        assert rank["losses"] == pytest.approx(alone["selection", "bf16"]["losses"], abs=1e-2)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize("case", ["lm", "selection"])
+def test_fp32_layouts_agree_with_one_process(case: str, layout: str, alone: Any) -> None:
+    check(case, *LAYOUTS[layout], alone)
 
 
-def test_a_wrong_normaliser_would_be_seen(alone: dict[str, Any]) -> None:
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("case", ["experts", "experts-selection"])
+def test_expert_layouts_agree_with_one_process(case: str, layout: str, alone: Any) -> None:
+    check(case, *EXPERT_LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["dp2-zero", "tp2-sp-cp2", "pp2-interleaved", "pp2-cp2"])
+def test_an_online_reference_selects_the_same_tokens(layout: str, alone: Any) -> None:
+    check("online", *LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2"])
+def test_selection_within_sequences_agrees(layout: str, alone: Any) -> None:
+    check("sequence-selection", *LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["dp2-zero-overlapped", "tp2-sp", "pp2-interleaved", "pp2-cp2"])
+def test_bf16_layouts_agree_with_one_process(layout: str, alone: Any) -> None:
+    check("bf16", *LAYOUTS[layout], alone, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("case", ["recompute-full", "recompute-attention", "recompute-mlp"])
+@pytest.mark.parametrize("layout", ["one", "tp2-sp-cp2", "pp2-interleaved"])
+def test_recomputation_changes_nothing(case: str, layout: str, alone: Any) -> None:
+    expected, folder = alone("lm")
+    world, parallel = LAYOUTS[layout]
+    for rank in spawn(world, train, CASES[case], parallel, folder):
+        assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+
+
+def test_a_wrong_normaliser_would_be_seen(alone: Any) -> None:
     """The negative control: averaging the ranks' own means is another number on these uneven samples."""
-    ranks = spawn(2, train, SELECTION, {}, 4, "fp32")
+    expected, folder = alone("selection")
+    ranks = spawn(2, train, CASES["selection"], {}, folder)
     counts = [sum(sum(row) for s, row in rank["kept"].items() if s >= (STEPS - 1) * SAMPLES) for rank in ranks]
     assert counts[0] != counts[1]
-    assert sum(counts) == alone["selection", "fp32"]["num_tokens"]
+    assert sum(counts) == expected["num_tokens"]
 
 
 def fail_on_rank_1() -> None:
@@ -140,5 +271,5 @@ def test_spawn_names_the_rank_that_failed() -> None:
 
 
 def test_an_impossible_layout_is_explained() -> None:
-    with pytest.raises(RuntimeError, match="tensor parallel 2 x data parallel"):
-        spawn(1, train, {}, {"tensor_model_parallel_size": 2}, 8, "fp32")
+    with pytest.raises(ConfigError, match=r"tensor 2 x pipeline 1 x context 1 = 2 ranks.*a world of 3"):
+        ParallelLayout.resolve(ParallelConfig(tensor_model_parallel_size=2), 3)

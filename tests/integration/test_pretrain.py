@@ -27,6 +27,7 @@ from megarpt.train.metrics_file import read_metrics
 from megarpt.train.reports import comparable
 from megarpt.train.signals import StopSignal
 from megarpt.train.step import TrainStep
+from megarpt.train.trainer import Trainer
 
 STEP_TOKENS = 8 * 64
 SELECTION = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6}
@@ -61,8 +62,9 @@ def test_twenty_steps_equal_a_plain_loop(make_config, train, one_rank, cpu_runti
     ours = [line["train/loss_nats"] for line in train(cfg)]
     tokenizer = byte_tokenizer()
     torch.manual_seed(cfg.run.seed)
-    layout = ParallelLayout(1, 1)
-    weights = unwrap(build_model(cfg, layout, layout.initialize(cfg.run.seed), cpu_runtime, vocab_size=tokenizer.vocab_size))
+    layout = ParallelLayout()
+    groups = layout.initialize(cfg.run.seed)
+    weights = unwrap(build_model(cfg, layout, groups, cpu_runtime, vocab_size=tokenizer.vocab_size)[0])
     plain = PlainGPT(384, 2, 64, 4, 2, 96)
     plain.load_mcore({name: w.float() for name, w in weights.state_dict().items() if isinstance(w, torch.Tensor)})
     decayed, norms = ([p for p in plain.parameters() if (p.dim() > 1) is matrix] for matrix in (True, False))
@@ -129,7 +131,8 @@ def test_online_reference_and_sidecar_select_the_same(
     for a, b in zip(train(offline), train(online), strict=True):
         a, b = comparable(a), comparable(b)
         assert a.keys() == b.keys()
-        for key in a.keys() - {"kind"}:
+        assert a["data/order"] == b["data/order"] != ""
+        for key in a.keys() - {"kind", "data/order"}:
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-6), key
     assert abs(a["select/kept_fraction"] - 0.6) < 0.01
 
@@ -294,6 +297,37 @@ def test_stopped_in_the_warm_up_a_resumed_run_keeps_naming_its_checkpoint(
     record = exit_record(cfg)
     assert (record["status"], record["restarts"]) == ("resumable", 1)
     assert record["checkpoint"] == before["checkpoint"] and record["step"] == before["step"] == 12
+
+
+@pytest.mark.parametrize("interval", [0, 4])
+def test_an_evaluation_that_was_missed_is_made_up_for(
+    make_config, train, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int
+) -> None:
+    """A process can end after a checkpoint and before the evaluation of the same step."""
+    last = 12 if interval == 0 else 4
+    cfg = make_config(
+        **{"evaluation": {"interval_steps": interval}, "checkpoint.interval_steps": 4, "logging.tensorboard": False}
+    )
+    train(cfg)
+    wanted = [comparable(line) for line in read_metrics(Path(cfg.run.dir) / "metrics.jsonl")]
+    assert [line["step"] for line in wanted if line["kind"] == "valid"] == [0, 12] if interval == 0 else [0, 4, 8, 12]
+
+    killed = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(tmp_path / "killed")})})
+    evaluate = Trainer.evaluate
+
+    def killed_before(trainer: Trainer) -> None:
+        if trainer.state.progress.step == last:
+            trainer.save()
+            raise KeyboardInterrupt
+        evaluate(trainer)
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "evaluate", killed_before)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(killed, cpu_runtime)
+    for _ in range(2):  # and a second time there is nothing left to do
+        train(killed)
+        assert [comparable(line) for line in read_metrics(Path(killed.run.dir) / "metrics.jsonl")] == wanted
 
 
 def test_evaluate_and_generate_read_a_run(make_config, train, cpu_runtime: Runtime, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,11 +93,12 @@ def kill_after(cfg: PretrainConfig, num_lines: int, delay_s: float) -> None:
 
 def kill_in_a_save(cfg: PretrainConfig, after_step: int) -> None:
     """Kill while a checkpoint of a step after `after_step` is being written."""
-    process = start(cfg)
     checkpoints = Path(cfg.run.dir) / "checkpoints"
+    left = set(checkpoints.glob("step_*.tmp-*"))  # by the process that was killed before
+    process = start(cfg)
 
     def unfinished() -> list[Path]:
-        return [path for path in checkpoints.glob("step_*.tmp-*") if int(path.name[5:13]) > after_step]
+        return [path for path in checkpoints.glob("step_*.tmp-*") if path not in left and int(path.name[5:13]) > after_step]
 
     while True:
         wait_for(process, cfg, lambda: bool(unfinished()))

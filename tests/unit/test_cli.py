@@ -98,7 +98,9 @@ def test_python_dash_m(config):
     assert "seed: 7" in result.stdout and result.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["pretrain", "score", "evaluate", "generate", "show-config", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "score", "evaluate", "generate", "export", "verify-resume", "show-config", "doctor"]
+)
 def test_every_command_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([verb, "--help"])
@@ -219,9 +221,31 @@ def test_generate_options(stage):
     assert options.max_new_tokens == 64 and options.num_samples == 1
 
 
+def test_verify_resume_options(config, stage, monkeypatch):
+    calls = []
+    stage("verify_resume")
+    monkeypatch.setattr(sys.modules["megarpt.run.verify_resume"], "run", lambda *given: calls.append(given) or 82)
+    arguments = ["verify-resume", config, "run.seed=5", "--steps", "12", "--nproc-per-node", "8", "--keep", "run.device=cuda"]
+    assert cli.main([*arguments, "batch.global_batch_size=64"]) == 82
+    cfg, options, _ = calls[0]
+    assert (cfg.run.seed, cfg.run.device) == (5, "cuda") and stage.machine == ["cpu", "closed"]
+    assert (options.steps, options.nproc_per_node, options.keep) == (12, 8, True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["verify-resume", config, "batch.global_batch_size=16"]) == 82
+    assert calls[1][1].model_dump() == {"steps": 20, "nproc_per_node": 1, "keep": False}
+
+
+def test_verify_resume_checks_the_batch_against_the_ranks_it_would_run(config, stage, capsys):
+    stage("verify_resume")
+    assert cli.main(["verify-resume", config, "--nproc-per-node", "3"]) == EXIT_CONFIG
+    assert "expected a multiple of 24" in capsys.readouterr().err and stage.machine == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["verify-resume", "CONFIG", "--steps", "3"], "steps: got 3"),
         (["score", "--reference", "r", "--corpus", "c", "--streams", "ref_nnl"], "expected 'ref_nll' or 'ref_entropy'"),
         (["score", "--reference", "r", "--corpus", "c", "--seq-length", "0"], "seq_length: got 0"),
         (["evaluate", "r", "--corpus", "x"], "expected NAME=PREFIX"),

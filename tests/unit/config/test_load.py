@@ -4,7 +4,7 @@ import pytest
 
 from megarpt.config import load
 from megarpt.config.load import build_section, config_from_dict, config_hash, dump_resolved, load_config
-from megarpt.config.schema import GenerateOptions, PretrainConfig, ScoreOptions
+from megarpt.config.schema import GenerateOptions, ParallelConfig, PretrainConfig, ScoreOptions
 from megarpt.errors import EXIT_CONFIG, ConfigError
 
 MINIMAL = """\
@@ -120,9 +120,9 @@ lr: 3
         f"{path}:8: data.train.1.pth: unknown key (got 'b'); did you mean data.train.1.path?",
         f"{path}:16: train.precision: got 'fp8', expected 'fp32' or 'bf16'",
         "override train.lrr=3: train.lrr: unknown key (got 3); did you mean optimizer.lr?",
-        "override parallel=2: parallel: got 2, expected a section with the keys tensor_model_parallel_size, sequence_parallel",
+        f"override parallel=2: parallel: got 2, expected a section with the keys {', '.join(ParallelConfig.model_fields)}",
         f"{path}:20: checkpoint: got null, "
-        "expected a section with the keys interval_steps, keep_last, keep_every_steps, resume",
+        "expected a section with the keys interval_steps, keep_last, keep_every_steps, async_save, resume",
         f"{path}:9: optimizr: unknown key (got a section with the keys lr); did you mean optimizer?",
         f"{path}:21: lr: unknown key (got 3); did you mean optimizer.lr?",
         f"{path}:13: batch.global_batch_size: got 8, expected a multiple of batch.micro_batch_size (3)",
@@ -212,7 +212,7 @@ def test_world_size_is_checked_when_known(write):
     (found,) = mistakes(path, "batch.global_batch_size=24", world_size=2)
     assert "expected a multiple of 16: batch.micro_batch_size (8) x data-parallel size (2 = 2 ranks" in found
     (found,) = mistakes(path, "parallel.tensor_model_parallel_size=2", world_size=3)
-    assert "got 2, expected a divisor of the number of ranks (3)" in found
+    assert "tensor 2 x pipeline 1 x context 1 = 2 ranks hold one copy of the model, got a world of 3 ranks" in found
 
 
 def test_the_resolved_dump_is_a_configuration_again(write):

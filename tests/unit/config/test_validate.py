@@ -85,6 +85,69 @@ BREAKS = [
         {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 3},
         "parallel.sequence_parallel",
     ),
+    (
+        validate.sequence_parallel_divides_the_tokens,
+        {
+            "parallel.sequence_parallel": True,
+            "parallel.tensor_model_parallel_size": 2,
+            "parallel.context_parallel_size": 3,
+        },
+        "parallel.sequence_parallel",
+    ),
+    (
+        validate.context_parallel_divides_the_tokens,
+        {"parallel.context_parallel_size": 3},
+        "parallel.context_parallel_size",
+    ),
+    (
+        validate.context_parallel_divides_the_evaluation,
+        {"parallel.context_parallel_size": 2, "data.seq_length": 30, "evaluation.micro_batch_size": 1},
+        "evaluation.micro_batch_size",
+    ),
+    (
+        validate.pipeline_divides_the_layers,
+        {"parallel.pipeline_model_parallel_size": 3},
+        "parallel.pipeline_model_parallel_size",
+    ),
+    (
+        validate.pipeline_divides_the_layers,
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 4},
+        "parallel.virtual_pipeline_model_parallel_size",
+    ),
+    (
+        validate.interleaving_has_a_pipeline,
+        {"parallel.virtual_pipeline_model_parallel_size": 2},
+        "parallel.virtual_pipeline_model_parallel_size",
+    ),
+    (validate.expert_parallel_has_experts, {"parallel.expert_model_parallel_size": 2}, "parallel.expert_model_parallel_size"),
+    (validate.expert_parallel_has_experts, {"parallel.expert_tensor_parallel_size": 2}, "parallel.expert_tensor_parallel_size"),
+    (
+        validate.expert_parallel_has_experts,
+        {"model.preset": "tiny-moe", "parallel.expert_model_parallel_size": 3},
+        "parallel.expert_model_parallel_size",
+    ),
+    (
+        validate.experts_with_tensor_parallel_have_sequence_parallel,
+        {"model.preset": "tiny-moe", "parallel.tensor_model_parallel_size": 2},
+        "parallel.sequence_parallel",
+    ),
+    (
+        validate.param_gather_has_a_distributed_optimizer,
+        {"parallel.overlap_param_gather": True},
+        "parallel.overlap_param_gather",
+    ),
+    (
+        validate.param_gather_has_a_distributed_optimizer,
+        {"parallel.overlap_param_gather": True, "parallel.use_distributed_optimizer": True},
+        "parallel.overlap_param_gather",
+    ),
+    (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"batch_p2p_comm": True}}, "model.mcore.batch_p2p_comm"),
+    (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"overlap_p2p_comm": True}}, "model.mcore.overlap_p2p_comm"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [3, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [1, 2]}, "profile.steps"),
+    (validate.profiled_steps_are_trained, {"profile.steps": [2, 9]}, "profile.steps"),  # 1000 tokens are 8 steps
+    (validate.profile_settings_are_used, {"profile.ranks": [1]}, "profile.ranks"),
+    (validate.profile_settings_are_used, {"profile.record": ["shapes"]}, "profile.record"),
     (validate.spikes_are_looked_for, {"stability.on_spike": "skip"}, "stability.on_spike"),
     (validate.spikes_are_looked_for, {"stability.spike_window_steps": 64}, "stability.spike_window_steps"),
     (validate.rollbacks_are_made, {**SPIKES, "stability.max_rollbacks": 1}, "stability.max_rollbacks"),
@@ -134,12 +197,29 @@ def test_no_rule_is_without_a_test_that_breaks_it():
         {**SPIKES, "stability.on_spike": "rollback", "stability.max_rollbacks": 1, "checkpoint.interval_steps": 5},
         {"faults.hang_timeout_minutes": 0.0},
         {"data.valid": {"clean-docs_2": "x"}, "evaluation.interval_steps": 5},
-        {"model.mcore": {"num_layers": 2}, "optimizer.mcore": {"overlap_param_gather": False}},
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
+        {"parallel.pipeline_model_parallel_size": 3, "model.mcore": {"num_layers_in_last_pipeline_stage": 2}},
+        {"parallel.context_parallel_size": 4},
+        {"model.preset": "tiny-moe", "parallel.expert_model_parallel_size": 4},
+        {
+            "parallel.use_distributed_optimizer": True,
+            "parallel.overlap_grad_reduce": True,
+            "parallel.overlap_param_gather": True,
+        },
+        {"model.mcore": {"num_layers": 2}, "optimizer.mcore": {"log_num_zeros_in_grad": False}},
+        {"profile.steps": [7, 8], "profile.ranks": [0, 1], "profile.record": ["shapes", "stacks"]},
     ],
     ids=str,
 )
 def test_what_is_right_passes(values):
     assert validate.problems(make(**values)) == []
+
+
+def test_only_ranks_that_exist_are_profiled():
+    cfg = make(**{"profile.steps": [2, 3], "profile.ranks": [0, 4], "batch.micro_batch_size": 1})
+    assert validate.problems(cfg) == [] and validate.problems(cfg, world_size=8) == []
+    (message,) = validate.problems(cfg, world_size=4)
+    assert message.startswith("profile.ranks: got 4, expected ranks from 0 to 3")
 
 
 def test_all_rules_report_not_only_the_first():
@@ -153,3 +233,43 @@ def test_check_raises_one_error_with_everything():
     validate.check(make())
     with pytest.raises(ConfigError, match=r"(?s)2 mistakes.*batch\.global_batch_size.*optimizer\.min_lr"):
         validate.check(make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5}))
+
+
+@pytest.mark.parametrize(
+    ("values", "world_size", "words"),
+    [
+        ({"parallel.tensor_model_parallel_size": 2}, 3, ["tensor 2 x pipeline 1 x context 1 = 2 ranks", "a world of 3"]),
+        (
+            {
+                "parallel.tensor_model_parallel_size": 2,
+                "parallel.pipeline_model_parallel_size": 2,
+                "parallel.context_parallel_size": 2,
+            },
+            12,
+            ["tensor 2 x pipeline 2 x context 2 = 8 ranks", "multiple of 8"],
+        ),
+        (
+            {"model.preset": "tiny-moe", "parallel.expert_model_parallel_size": 4},
+            6,
+            ["expert tensor 1 x expert 4 x pipeline 1 = 4 ranks", "a world of 6", "expert data"],
+        ),
+        (
+            {"batch.global_batch_size": 8, "parallel.pipeline_model_parallel_size": 2},
+            6,
+            ["multiple of 24", "data-parallel size (3"],
+        ),
+        (
+            {
+                "batch.global_batch_size": 24,
+                "parallel.pipeline_model_parallel_size": 2,
+                "parallel.virtual_pipeline_model_parallel_size": 2,
+            },
+            2,
+            ["3 micro-batches per step", "multiple of parallel.pipeline_model_parallel_size (2)"],
+        ),
+    ],
+)
+def test_an_impossible_world_is_explained_with_the_whole_product(values, world_size, words):
+    found = validate.problems(make(**values), world_size=world_size)
+    assert len(found) == 1
+    assert all(word in found[0] for word in words), found[0]

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from megarpt.data import order
 from megarpt.data.batches import TokenBatches, assemble, evaluation_batches, to_device
+from megarpt.data.fingerprint import OrderFingerprint
+from megarpt.data.order import SampleOrder, SampleRefs
 from megarpt.data.windows import WindowDataset
 from megarpt.errors import ConfigError, DataError
 from megarpt.structs import TokenBatch
@@ -182,6 +185,97 @@ def test_resuming_with_other_data_is_refused(
     with pytest.raises(DataError, match=where):
         other.load_state_dict(state)
     assert other.consumed_samples == 0
+
+
+def read_on(batches: TokenBatches, steps: int) -> str:
+    for _ in range(steps):
+        batches.next_step()
+    return batches.data_order
+
+
+def test_the_fingerprint_is_that_of_what_was_read(make: Callable[..., TokenBatches]) -> None:
+    whole = make()
+    values = [whole.data_order, *(read_on(whole, 1) for _ in range(6))]
+    assert len(set(values)) == 7 and {len(value) for value in values} == {64}
+    for dp_size, micro_batch_size in ((2, 2), (4, 1), (8, 1)):
+        for rank in range(dp_size):
+            assert read_on(make(micro_batch_size=micro_batch_size, dp_rank=rank, dp_size=dp_size), 6) == values[6]
+    assert read_on(make(global_batch_size=12), 4) == values[6]  # 4 x 12 samples are 6 x 8
+    assert read_on(make(steps_ahead=5), 6) == values[6]
+
+
+def test_the_fingerprint_goes_on_after_a_resume(make: Callable[..., TokenBatches]) -> None:
+    straight, stopped, resumed = make(), make(), make(micro_batch_size=1, dp_rank=1, dp_size=2)
+    read_on(resumed, 1)  # to be forgotten
+    read_on(stopped, 3)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert resumed.data_order == stopped.data_order
+    assert read_on(resumed, 4) == read_on(straight, 7)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 6}, {"weights": [1.0, 3.0]}, {"other_corpus": True}, {"other_length": True}])
+def test_other_data_have_another_fingerprint(
+    make: Callable[..., TokenBatches], datasets: list[WindowDataset], tmp_path: Path, changes: dict
+) -> None:
+    if changes.pop("other_corpus", False):
+        changes["datasets"] = [datasets[0], make_dataset(tmp_path, "other", 5)]
+    if changes.pop("other_length", False):
+        changes["datasets"] = [make_dataset(tmp_path, name, size, s=9) for name, size in (("a", 30), ("b", 5))]
+    assert read_on(make(**changes), 2) != read_on(make(), 2)
+
+
+def test_streams_and_the_scale_of_the_weights_are_not_part_of_the_fingerprint(
+    make: Callable[..., TokenBatches], tmp_path: Path
+) -> None:
+    bare = [make_dataset(tmp_path, name, size, stream=False) for name, size in (("a", 30), ("b", 5))]
+    assert read_on(make(datasets=bare, weights=[6.0, 2.0]), 2) == read_on(make(), 2)
+
+
+def test_a_changed_order_is_refused(make: Callable[..., TokenBatches], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an upgrade that orders the same data in another way: nothing in the configuration shows it."""
+    straight = make()
+    read_on(straight, 3)
+    state, following = straight.state_dict(), straight.next_step()[0].sample_id
+    monkeypatch.setattr(order, "_ORDER_VERSION", b"megarpt-order-2")
+    with pytest.raises(DataError, match=r"samples 0 to 4119 have the hash [0-9a-f]{64}, expected " + state["order"]["sha256"]):
+        make().load_state_dict(state)
+    with monkeypatch.context() as without_the_check:  # what would happen else
+        without_the_check.setattr(OrderFingerprint, "load_state_dict", lambda *_: None)
+        going_on = make()
+        going_on.load_state_dict(state)
+        assert not torch.equal(going_on.next_step()[0].sample_id, following)
+
+
+@pytest.mark.parametrize("where", ["behind", "ahead"])
+def test_the_order_is_checked_on_both_sides_of_the_position(
+    make: Callable[..., TokenBatches], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    stopped = make()
+    stopped.move_to(5000)
+    state = stopped.state_dict()
+    locate = SampleOrder.locate
+    changed = range(905, 906) if where == "behind" else range(9094, 9095)
+
+    def other(self: SampleOrder, first: int, count: int) -> SampleRefs:
+        refs = locate(self, first, count)
+        number = np.arange(first, first + count)
+        return SampleRefs(refs.source, np.where(np.isin(number, list(changed)), refs.window + 1, refs.window))
+
+    monkeypatch.setattr(SampleOrder, "locate", other)
+    with pytest.raises(DataError, match="samples 904 to 9095"):
+        make().load_state_dict(state)
+
+
+def test_samples_that_are_passed_over_are_not_part_of_the_fingerprint(make: Callable[..., TokenBatches]) -> None:
+    batches = make()
+    read_on(batches, 1)
+    batches.move_to(16)
+    assert torch.cat([batch.sample_index for batch in batches.next_step()]).tolist() == list(range(16, 24))
+    assert batches.data_order not in (read_on(make(), 2), read_on(make(), 3))
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(batches.state_dict())))
+    assert (resumed.data_order, resumed.state_dict()) == (batches.data_order, batches.state_dict())
+    assert read_on(resumed, 1) == read_on(batches, 1)
 
 
 def test_moved_data_may_go_on(make: Callable[..., TokenBatches], tmp_path: Path) -> None:

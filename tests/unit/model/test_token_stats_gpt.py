@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from megarpt.device.runtime import Runtime
-from megarpt.model import build
+from megarpt.model import build, forward
 from megarpt.model.attention import SdpaCoreAttention
 from megarpt.model.generation import generate, sample
-from megarpt.model.token_stats_gpt import TokenStatsGPT
+from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.structs import TokenBatch
+from megarpt.structs import TokenBatch, TokenStats
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.plain_gpt import PlainGPT
 
@@ -22,7 +22,7 @@ def make_network(groups: ProcessGroups, **overrides: object) -> TokenStatsGPT:
     torch.manual_seed(7)
     small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
     cfg = tiny_config(**{"model.mcore": small, "data.seq_length": S} | overrides)
-    config = build.transformer_config(cfg, ParallelLayout(1, 1), is_cuda=False)
+    config = build.transformer_config(cfg, ParallelLayout(), is_cuda=False)
     return build.build_network(cfg, config, groups, vocab_size=VOCAB, backend="torch")
 
 
@@ -39,6 +39,10 @@ def make_batch(tokens: torch.Tensor, documents: tuple[tuple[int, ...], ...] = DO
         source_id=torch.zeros(B, dtype=torch.int64),
         sample_index=torch.arange(B),
     )
+
+
+def stats_of(network: TokenStatsGPT, batch: TokenBatch) -> TokenStats:
+    return TokenStats(*forward.head_output(network, batch, HeadMode.LOGPROB))
 
 
 def document_numbers(documents: tuple[tuple[int, ...], ...]) -> torch.Tensor:
@@ -58,7 +62,7 @@ def test_equals_plain_torch(cpu_runtime: Runtime, one_rank: ProcessGroups, token
     plain.load_mcore(network.state_dict())
     logits = plain(batch.tokens, batch.position_ids, document_numbers(documents))[..., :VOCAB]
     expected = -F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none").view(B, S)
-    stats = build.token_stats(network, batch, S)
+    stats = stats_of(network, batch)
     torch.testing.assert_close(stats.logprob, expected, rtol=0, atol=2e-6)
     stats.logprob.sum().backward()
     expected.sum().backward()
@@ -71,10 +75,10 @@ def test_editing_a_document_changes_nothing_in_its_neighbours(
     cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor, preset: str
 ) -> None:
     network = make_network(one_rank, **{"model.preset": preset})
-    before = build.token_stats(network, make_batch(tokens), S).logprob
+    before = stats_of(network, make_batch(tokens)).logprob
     edited = tokens.clone()
     edited[0, 10:19] = (edited[0, 10:19] + 1) % VOCAB  # the middle document of the first sample
-    after = build.token_stats(network, make_batch(edited), S).logprob
+    after = stats_of(network, make_batch(edited)).logprob
     same = torch.ones(B, S, dtype=torch.bool)
     same[0, 9:19] = False  # the label at position 9 is the edited document's first token
     assert torch.equal(before[same], after[same])
@@ -89,7 +93,7 @@ def test_a_document_means_the_same_wherever_it_is_packed(
     moved = tokens.clone()
     moved[1, 1:10] = tokens[0, 10:19]  # the nine tokens of a document, at another offset of another sample
     packed = make_batch(moved, ((10, 9, 5), (1, 9, 14)))
-    logprob = build.token_stats(network, packed, S).logprob
+    logprob = stats_of(network, packed).logprob
     torch.testing.assert_close(logprob[0, 10:18], logprob[1, 1:9], rtol=0, atol=2e-6)
 
 
@@ -97,8 +101,8 @@ def test_evaluation_head_agrees_with_the_training_head(
     cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor
 ) -> None:
     network, batch = make_network(one_rank), make_batch(tokens)
-    logprob, correct = build.token_accuracy(network, batch, S)
-    torch.testing.assert_close(logprob, build.token_stats(network, batch, S).logprob, rtol=0, atol=1e-6)
+    logprob, correct = forward.token_accuracy([network], [batch], one_rank)[0]
+    torch.testing.assert_close(logprob, stats_of(network, batch).logprob, rtol=0, atol=1e-6)
     greedy = make_batch(tokens)
     plain = PlainGPT(384, 2, 64, 4, 2, 96)
     plain.load_mcore(network.state_dict())
@@ -109,10 +113,10 @@ def test_evaluation_head_agrees_with_the_training_head(
 def test_padded_vocabulary_carries_no_probability(cpu_runtime: Runtime, one_rank: ProcessGroups, tokens: torch.Tensor) -> None:
     network, batch = make_network(one_rank), make_batch(tokens)
     assert network.output_layer.weight.shape[0] == 384 > VOCAB
-    before = build.token_stats(network, batch, S).logprob
+    before = stats_of(network, batch).logprob
     with torch.no_grad():
         network.output_layer.weight[VOCAB:] = 100.0
-    assert torch.equal(before, build.token_stats(network, batch, S).logprob)
+    assert torch.equal(before, stats_of(network, batch).logprob)
 
 
 def test_generation_with_cache_equals_generation_without(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:

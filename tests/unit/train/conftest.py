@@ -11,8 +11,11 @@ import torch
 
 from megarpt.config.load import config_from_dict
 from megarpt.config.schema import PretrainConfig
+from megarpt.device.runtime import Runtime
 from megarpt.objectives.base import ObjectiveOutput
+from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, StepReport, TokenBatch
+from megarpt.testing.tiny_run import TinyRun, tiny_run
 
 MakeConfig = Callable[..., PretrainConfig]
 TokenWork = tuple[TokenBatch, ObjectiveOutput]
@@ -31,6 +34,17 @@ def make_config(tmp_path: Path) -> MakeConfig:
         for name, values in sections.items():
             data[name] = {**data.get(name, {}), **values}
         return config_from_dict(data)
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, cpu_runtime: Runtime, one_rank: ProcessGroups) -> Callable[..., TinyRun]:
+    """A freshly built run in `tmp_path/checkpoints`; every one begins with other random states and other weights."""
+    seeds = iter(range(100))
+
+    def make(seed: int | None = None, **options: Any) -> TinyRun:
+        return tiny_run(tmp_path, cpu_runtime, seed=next(seeds) if seed is None else seed, **options)
 
     return make
 

@@ -5,113 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import os
+import random
+import re
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarpt.config.schema import PretrainConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError
-from megarpt.model.build import build_model, unwrap
-from megarpt.objectives.build import build_objective
-from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.structs import Progress, StepReport, TokenBatch
-from megarpt.testing.configs import tiny_config
+from megarpt.model.build import unwrap
+from megarpt.parallel.layout import ProcessGroups
+from megarpt.structs import Progress, StepReport
+from megarpt.testing.tiny_run import SMALL, TOKENIZER, VOCAB, B, S, TinyRun, assert_same
 from megarpt.train import checkpoint_files as files
 from megarpt.train.checkpoint import CheckpointManager
-from megarpt.train.optimizer import build_optimizer
+from megarpt.train.checkpoint_choice import newest_whole
 from megarpt.train.state import TrainState
-from megarpt.train.step import TrainStep
 from megarpt.train.weights import checkpoint_hash, describe_model, load_weights
 
-VOCAB, B, S = 300, 2, 16
-SMALL = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
-TOKENIZER = "ab" * 32
-
-
-@dataclass
-class Run:
-    """A run without its loop."""
-
-    cfg: PretrainConfig
-    model: torch.nn.Module
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    step: TrainStep
-    checkpoints: CheckpointManager
-    state: TrainState
-
-    def train(self, until: int) -> list[StepReport]:
-        reports = []
-        while self.state.progress.step < until:
-            reports.append(self.step([make_batch(self.state.progress.step)], self.state.progress))
-            self.state = self.state.after_step(reports[-1], samples=B, tokens_seen=B * S)
-        return reports
-
-    def save(self) -> Path:
-        return self.checkpoints.save(self.state, self.model, self.optimizer, self.scheduler)
-
-    def load(self) -> TrainState | None:
-        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.scheduler)
-        self.state = loaded or self.state
-        return loaded
-
-    def weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in unwrap(self.model).named_parameters()}
-
-
-def make_batch(step: int) -> TokenBatch:
-    tokens = torch.randint(0, VOCAB, (B, S + 1), generator=torch.Generator().manual_seed(step))
-    return TokenBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(B, S, dtype=torch.bool),
-        position_ids=torch.arange(S).repeat(B, 1),
-        cu_seqlens=torch.arange(0, B * S + 1, S, dtype=torch.int32),
-        sample_id=torch.arange(B),
-        source_id=torch.zeros(B, dtype=torch.int64),
-        sample_index=torch.arange(B),
-    )
-
-
-MakeRun = Callable[..., Run]
-
-
-@pytest.fixture
-def make_run(tmp_path: Path, cpu_runtime: Runtime, one_rank: ProcessGroups) -> MakeRun:
-    """A freshly built run in `tmp_path/checkpoints`; every one begins with other random states and other weights."""
-    seeds = iter(range(100))
-
-    def make(tokenizer: str = TOKENIZER, vocab: int = VOCAB, seed: int | None = None, **overrides: Any) -> Run:
-        base = {"model.mcore": SMALL, "data.seq_length": S, "run.dir": str(tmp_path), "optimizer.lr": 1e-2}
-        cfg = tiny_config(**base | overrides)
-        seed = next(seeds) if seed is None else seed
-        layout = ParallelLayout(tp=1, dp=1)
-        groups = layout.initialize(seed)
-        torch.manual_seed(seed)
-        model = build_model(cfg, layout, groups, cpu_runtime, vocab_size=vocab)
-        optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, model, groups)
-        step = TrainStep(model, build_objective(cfg.objective, 1), optimizer, scheduler, groups, seq_length=S)
-        checkpoints = CheckpointManager(
-            tmp_path / "checkpoints", cfg, tokenizer_sha256=tokenizer, runtime=cpu_runtime, groups=groups
-        )
-        return Run(cfg, model, optimizer, scheduler, step, checkpoints, TrainState(data={"consumed_samples": 0}))
-
-    return make
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+MakeRun = Callable[..., TinyRun]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -219,7 +139,7 @@ def test_nothing_is_deleted_before_the_new_one_is_complete(make_run: MakeRun, mo
         seen.append([files.read_manifest(path).step for path in files.list_checkpoints(directory)])
         return files.surplus(directory, **options)
 
-    monkeypatch.setattr("megarpt.train.checkpoint.surplus", watched)
+    monkeypatch.setattr("megarpt.train.checkpoint_job.surplus", watched)
     run.train(1)
     run.save()
     assert seen == [[1, 0]]
@@ -332,14 +252,15 @@ def test_what_a_killed_process_left_is_removed_by_the_next(make_run: MakeRun, tm
 # A file may rot.
 
 
-def flip_a_bit(path: Path) -> None:
+def flip_a_bit(path: Path, at: int | None = None) -> None:
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
+    at = 4 * len(content) + 2 if at is None else at
+    content[at // 8] ^= 1 << at % 8
     path.write_bytes(content)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+def truncate(path: Path, to: int = -1) -> None:
+    path.write_bytes(path.read_bytes()[:to])
 
 
 DAMAGES = [
@@ -373,6 +294,24 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(
     assert (good.parent / files.LATEST).read_text() == "step_00000001\n"
     resumed.train(2)
     assert resumed.save() == bad
+
+
+def test_damage_to_any_file_is_seen_and_named(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    run.train(1)
+    only = run.save()
+    shutil.copytree(only, tmp_path / "good")
+    names = sorted(str(path.relative_to(only)) for path in only.rglob("*") if path.is_file())
+    assert len(names) == 10
+    rng = random.Random(3)
+    for name in names:
+        size = (only / name).stat().st_size
+        for damage in (partial(flip_a_bit, at=rng.randrange(8 * size)), partial(truncate, to=rng.randrange(size)), Path.unlink):
+            damage(only / name)
+            with pytest.raises(CheckpointError, match=f"{re.escape(str(only / name))}(:| is missing| is damaged)"):
+                newest_whole(only.parent)
+            shutil.copyfile(tmp_path / "good" / name, only / name)
+    assert newest_whole(only.parent) is not None
 
 
 def test_a_run_never_begins_again_in_silence(make_run: MakeRun) -> None:
@@ -570,5 +509,5 @@ def test_the_hash_depends_on_the_weights_alone(make_run: MakeRun, tmp_path: Path
 
 
 def test_the_description_of_a_model_is_plain(make_run: MakeRun) -> None:
-    described = describe_model(unwrap(make_run().model))
+    described = describe_model(unwrap(make_run().model[0]))
     assert json.loads(json.dumps(described)) == described

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,6 +25,8 @@ from megarpt.train.metrics_file import MetricsFile, read_metrics, rewind_metrics
 from megarpt.train.perf import PerfMeter, host_memory
 from megarpt.train.reports import MACHINE_PREFIXES, EvaluationResult, comparable, step_scalars
 from megarpt.train.rundir import RunDir
+from megarpt.train.stragglers import Slowest
+from megarpt.train.timers import Phase, StepTimers
 
 RESULT = EvaluationResult(loss_sum_nats=200.0, num_tokens=100, num_correct=25, bytes_per_token=4.0, seconds=1.5)
 
@@ -63,7 +65,7 @@ def train(run: RunDir, steps: range, resume: Progress | None, report_at: Any, pr
     with MetricLog(run, LoggingConfig(), resume=resume, clock=lambda: float(next(ticks))) as log:
         for step in steps:
             log.step(report_at(step), progress_at(step), {"perf/tokens_per_s": clock + step})
-            if step % 3 == 0:
+            if step % 3 == 0 and not log.has_evaluation(step):
                 log.evaluation({"clean": RESULT}, progress_at(step))
             log.flush()
 
@@ -148,6 +150,7 @@ def test_an_evaluation_on_file_is_not_written_again(run: RunDir, report_at: Any,
     train(run, range(1, 4), None, report_at, progress_at)
     sink = RecordingSink()
     log = MetricLog(run, LoggingConfig(), sinks=[sink], resume=progress_at(3))
+    assert log.has_evaluation(3) and not log.has_evaluation(2)
     log.evaluation({"clean": RESULT}, progress_at(3))
     log.close()
     assert [line["kind"] for line in read_metrics(run.metrics_path, "valid")] == ["valid"]
@@ -332,18 +335,32 @@ def test_every_tag_is_documented(run: RunDir, report_at: Any, progress_at: Any, 
     documented = [re.compile(re.escape(tag).replace("<set>", "[^/]+").replace("<n>", "[0-9]+") + "$") for tag, _ in rows]
     assert rows and all(unit.strip() for _, unit in rows)
 
-    meter = PerfMeter(flops_per_token=1.0, peak_flops=1.0, memory=lambda: host_memory(run.path))
-    with meter.step(), meter.data_wait():
-        meter.count_tokens(1)
-    with meter.phase("evaluation"), meter.phase("save"):
+    timers = StepTimers()
+    meter = PerfMeter(flops_per_token=1.0, peak_flops=1.0, memory=lambda: host_memory(run.path), timers=timers)
+    with meter.step():
+        for phase in get_args(Phase):
+            with timers.phase(phase):
+                meter.count_tokens(1)
+    meter.add("save", 2.0)
+    meter.add("save_stall", 0.1)
+    with meter.phase("evaluation"):
         pass
     with MetricLog(run, LoggingConfig()) as log:
-        log.step(report_at(1), progress_at(1), meter.scalars())
+        log.step(report_at(1), progress_at(1), meter.scalars() | Slowest(0, 1.0, 1.0, 1.0).scalars())
         log.evaluation({"clean": RESULT}, progress_at(1))
         log.tokens(*token_work, decode_bytes, progress_at(1))
     written = {tag for line in read_metrics(run.metrics_path) for tag in line} - {"train/aux"}
     written |= objective_tags(token_work)
-    assert {"perf/mfu", "time/save_s", "mem/host_rss_bytes", "valid/clean/top1", "select/threshold"} <= written
+    assert {
+        "perf/mfu",
+        "time/save_s",
+        "time/save_stall_s",
+        "time/param_gather_s",
+        "time/rank_spread",
+        "mem/host_rss_bytes",
+        "valid/clean/top1",
+        "select/threshold",
+    } <= written
     undocumented = {tag for tag in written if not any(pattern.match(tag) for pattern in documented)}
     assert undocumented == set()
 

@@ -22,8 +22,8 @@ SMALL = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_quer
 
 def build(cpu_runtime: Runtime, groups: ProcessGroups, optimizer: dict[str, Any]) -> tuple[Any, Any, Any]:
     cfg = tiny_config(**{"model.mcore": SMALL, "optimizer": optimizer, "train.train_tokens": END})
-    model = build_model(cfg, ParallelLayout(1, 1), groups, cpu_runtime, vocab_size=257)
-    return model, *build_optimizer(cfg.optimizer, cfg.train, model, groups)
+    chunks = build_model(cfg, ParallelLayout(), groups, cpu_runtime, vocab_size=257)
+    return chunks[0], *build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
 
 
 def cosine(tokens: int) -> float:

@@ -1,0 +1,29 @@
+"""Exchanges between the ranks of a layout that megatron-core has no name for."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megarpt.parallel.layout import ProcessGroups
+
+T = TypeVar("T")
+
+
+def from_last_stage(value: T, groups: ProcessGroups) -> T:
+    """`value` of the last pipeline stage, on every stage. Collectives: with a pipeline, one broadcast of objects."""
+    if groups.pp.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=groups.last_stage_rank, group=groups.pp)
+    return box[0]
+
+
+def from_speaker(value: T, groups: ProcessGroups) -> T:
+    """`value` of the rank that speaks for the loss, on every rank. Collectives: one gather of objects over the world."""
+    if dist.get_world_size() == 1:
+        return value
+    everyone: list[tuple[bool, T]] = [(False, value)] * dist.get_world_size()
+    dist.all_gather_object(everyone, (groups.speaks_for_the_loss, value))
+    return next(each for speaks, each in everyone if speaks)
