@@ -212,9 +212,7 @@ class _LinearLogprob(torch.autograd.Function):
             logits[at, local[at]] = torch.expm1(logprob[at]).to(logits.dtype)
         negative_entropy = stats.surprise
         saved = logits if options.keep else None
-        ctx.save_for_backward(
-            hidden, weight, saved, rows, local, here, stats.largest, stats.log_sum, share, logprob, negative_entropy
-        )
+        ctx.save_for_backward(hidden, weight, saved, rows, local, here, share, logprob, negative_entropy)
         ctx.options = options
         ctx.parameter = weight if options.accumulate_main_grad else None
         ctx.set_materialize_grads(False)
@@ -222,7 +220,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, saved, rows, local, here, largest, log_sum, share, logprob, negative_entropy = ctx.saved_tensors
+        hidden, weight, saved, rows, local, here, share, logprob, negative_entropy = ctx.saved_tensors
         options: _Options = ctx.options
         if torch.is_grad_enabled():  # only so under create_graph=True; a gradient without a graph would pass for a constant
             raise RuntimeError(
@@ -237,7 +235,7 @@ class _LinearLogprob(torch.autograd.Function):
         rows_of_hidden = kept if rows is None else rows.index_select(0, kept)
 
         source = _GradientSource(
-            weight, saved, local, here, largest, log_sum, share, logprob, negative_entropy, grad_logprob, grad_entropy, options
+            weight, saved, local, here, share, logprob, negative_entropy, grad_logprob, grad_entropy, options
         )
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         grad_weight = _WeightGradient(weight, ctx.parameter) if ctx.needs_input_grad[1] else None
@@ -266,8 +264,6 @@ class _GradientSource(NamedTuple):
     saved: Tensor | None  # [n, v]: softmax minus one-hot, or logits when the entropy was asked for
     local: Tensor
     here: Tensor
-    largest: Tensor
-    log_sum: Tensor
     share: Tensor | None
     logprob: Tensor
     negative_entropy: Tensor | None
@@ -318,9 +314,8 @@ class _GradientSource(NamedTuple):
             negative_entropy = self.negative_entropy.index_select(0, at)
             grad_logprob = torch.zeros_like(grad_entropy) if grad_logprob is None else grad_logprob
             # d logprob / d z = onehot - p,  d entropy / d z = -p * (log p + entropy); negated here, as the factor is negative
-            log_sum_exp = self.largest.index_select(0, at), self.log_sum.index_select(0, at)
             constant = grad_logprob - grad_entropy * negative_entropy
-            to_weighted_softmax(logits, share, log_sum_exp, constant, grad_entropy, shard)
+            to_weighted_softmax(logits, share, constant, grad_entropy, shard)
             probability = logprob.exp()
             at_label = grad_logprob * torch.expm1(logprob) + grad_entropy * probability * (logprob - negative_entropy)
             factor = torch.full_like(logprob, scale)

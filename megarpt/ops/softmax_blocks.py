@@ -137,10 +137,12 @@ def to_softmax(logits: Tensor, share: Tensor | None, shard: Shard) -> None:
         block.copy_(softmax if share is None else softmax.mul_(share[start : start + rows, None]))
 
 
-def to_weighted_softmax(
-    logits: Tensor, share: Tensor | None, log_sum_exp: tuple[Tensor, Tensor], constant: Tensor, slope: Tensor, shard: Shard
-) -> None:
-    """logits <- p * (constant + slope * log p), all per row; `log_sum_exp` is (largest, log_sum) over the whole vocabulary."""
+def to_weighted_softmax(logits: Tensor, share: Tensor | None, constant: Tensor, slope: Tensor, shard: Shard) -> None:
+    """logits <- p * (constant + slope * log p), all per row; `share` as in `to_softmax`.
+
+    log p comes from these very logits and not from the forward pass: a product of fewer rows may round them otherwise, and of
+    a peaked distribution every digit counts.
+    """
     valid = shard.num_valid
     logits[:, valid:] = 0.0
     if valid == 0:
@@ -151,7 +153,10 @@ def to_weighted_softmax(
         span = slice(start, start + rows)
         z = _scaled_logits(block, copies[0], shard)
         softmax = torch.softmax(z, dim=-1, out=copies[1][: block.shape[0]])[:, :valid]
+        log_largest = torch.amax(softmax, dim=-1, keepdim=True).log_()  # see fill_statistics
+        log_p = z[:, :valid].sub_(torch.amax(z, dim=-1, keepdim=True)).add_(log_largest)
         if share is not None:
-            softmax.mul_(share[span, None])
-        log_p = z[:, :valid].sub_(log_sum_exp[0][span, None]).sub_(log_sum_exp[1][span, None])
+            own = share[span, None]
+            softmax.mul_(own)
+            log_p.add_(own.clamp_min(torch.finfo(own.dtype).tiny).log_())  # a share that underflowed leaves p = 0
         block[:, :valid] = log_p.mul_(slope[span, None]).add_(constant[span, None]).mul_(softmax)

@@ -50,9 +50,9 @@ def test_a_gradient_found_elsewhere_is_told_apart(tmp_path: Path, token_work: An
 
 
 def test_ranks_with_finite_losses_leave_the_dump_to_rank_0(tmp_path: Path, token_work: Any, decode_bytes: Any) -> None:
-    assert BatchDumper(tmp_path, 1, decode_bytes).dump(1, [token_work], BAD) is None
+    assert BatchDumper(tmp_path, 1, decode_bytes, always=False).dump(1, [token_work], BAD) is None
     token_work[1].token_loss[0, 5] = math.nan  # no label
-    assert BatchDumper(tmp_path, 1, decode_bytes).dump(1, [token_work], BAD) is None
+    assert BatchDumper(tmp_path, 1, decode_bytes, always=False).dump(1, [token_work], BAD) is None
     assert list(tmp_path.iterdir()) == []
     assert BatchDumper(tmp_path, 0, decode_bytes).dump(1, [token_work], BAD) is not None
 
