@@ -190,7 +190,7 @@ def test_one_step_that_is_not_finite_is_skipped_dumped_and_survived(
     original, parameters = TrainStep.__call__, []
 
     def poison(self: TrainStep, batches, progress):  # type: ignore[no-untyped-def]
-        parameters.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
+        parameters.append(torch.cat([p.detach().flatten().clone() for p in self.chunks[0].parameters()]))
         if progress.step == 5:
             objective = self.objective
             monkeypatch.setattr(
@@ -230,7 +230,7 @@ def test_a_run_that_stays_broken_ends_with_its_own_exit_code(
     def explode(self: TrainStep, batches, progress):  # type: ignore[no-untyped-def]
         if progress.step == 4:
             with torch.no_grad():
-                next(self.model.parameters()).fill_(torch.inf)
+                next(self.chunks[0].parameters()).fill_(torch.inf)
         return original(self, batches, progress)
 
     monkeypatch.setattr(TrainStep, "__call__", explode)
