@@ -1,6 +1,6 @@
 """`python -m megarpt` is the same program as the `megarpt` command."""
 
-from megarpt.cli import main
+from megarpt.cli import entry
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    entry()

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[argparse.Namespace], int | None]
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+_RANK_0_REPORTS_S = 20.0  # the launcher stops the other ranks once rank 0 has left
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program stopped by ctrl-c
 
 
@@ -47,6 +49,23 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(EXIT_CONFIG, f"{self.prog}: error: {message}\n")
+
+
+def entry() -> None:
+    """The process: `main`, and out. Of several ranks, one that failed leaves at once: peers may wait in a collective with it,
+    and taking the process group down in order could wait for them in turn."""
+    code = 1
+    try:
+        code = main()
+    finally:
+        kind, error, trace = sys.exc_info()
+        if code != EXIT_OK and not isinstance(error, SystemExit) and os.environ.get("WORLD_SIZE", "1") != "1":
+            if kind is not None and error is not None:
+                sys.excepthook(kind, error, trace)  # torch's, which names the rank on every line
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,10 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return EXIT_OK if code is None else int(code)
     except MegarptError as error:
-        # Every rank reads the same configuration: one report of its mistakes is enough.
-        if rank == 0 or not isinstance(error, ConfigError):
-            where = f" [rank {rank}]" if rank else ""
-            sys.stderr.write(f"megarpt{where}: {type(error).__name__}: {error}\n")
+        if rank > 0 and isinstance(error, ConfigError):
+            # Every rank reads the same configuration, and one report of its mistakes is enough: rank 0's, which must not be
+            # stopped before it has made it because this rank was quicker to leave.
+            time.sleep(_RANK_0_REPORTS_S)
+        where = f" [rank {rank}]" if rank else ""
+        sys.stderr.write(f"megarpt{where}: {type(error).__name__}: {error}\n")
         logger.debug("where it was raised", exc_info=True)
         return _report_exit(error, rank)
     except KeyboardInterrupt:

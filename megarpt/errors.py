@@ -6,17 +6,18 @@ batch script can tell "wait and retry" from "never requeue".
 
 EXIT_OK = 0
 EXIT_RESUMABLE = 75  # stopped on a signal after a checkpoint: run the same command again
-EXIT_UNSTABLE = 76  # too many non-finite steps in a row; checkpoints are intact
+EXIT_UNSTABLE = 76  # too many skipped steps in a row, or too many rollbacks; checkpoints are intact
 EXIT_CONFIG = 78  # a mistake in the configuration: running again cannot help
 EXIT_DATA = 79  # corpus, sidecar or checkpoint damaged or mismatched
 EXIT_ENVIRONMENT = 80  # the machine lacks something the job needs
+EXIT_HANG = 81  # no progress for longer than faults.hang_timeout_minutes; checkpoints are intact
 EXIT_NOT_REPRODUCED = 82  # verify-resume: the resumed run is not the uninterrupted one
 
 
 class MegarptError(Exception):
     """Base of all expected errors; the command line prints the message without a traceback."""
 
-    exit_code = 1
+    exit_code: int = 1
 
 
 class ConfigError(MegarptError):
@@ -42,7 +43,7 @@ class ShapeError(MegarptError):
 
 
 class NumericsError(MegarptError):
-    """Loss or gradients stayed non-finite for longer than the configuration allows."""
+    """Loss or gradients stayed non-finite, or kept spiking, for longer than the configuration allows."""
 
     exit_code = EXIT_UNSTABLE
 
@@ -51,6 +52,14 @@ class StopRequested(MegarptError):
     """The run was told to stop, has saved a checkpoint, and can go on."""
 
     exit_code = EXIT_RESUMABLE
+
+
+class PeerFailedError(MegarptError):
+    """Another rank failed and this one ended because of it; the exit code is that of the other's error."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class ExtensionError(MegarptError):

@@ -11,7 +11,6 @@ import logging
 import sys
 import warnings
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal, TextIO
 
 from rich.console import Console
@@ -20,7 +19,6 @@ from rich.logging import RichHandler
 LogFormat = Literal["auto", "plain", "json"]
 
 _STREAM_HANDLER = "megarpt.stream"
-_FILE_HANDLER = "megarpt.file"
 
 _KNOWN_WARNINGS: tuple[tuple[str, str], ...] = (
     # megatron-core says at import that it uses torch instead of Transformer Engine and apex. That is what a machine without
@@ -86,14 +84,6 @@ def setup_logging(
     logging.captureWarnings(True)
     for message, module in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=UserWarning, module=module)
-
-
-def log_to_file(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
-    """Also append plain lines to `path`; the terminal keeps its own format. Replaces an earlier file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(_plain(rank, world_size))
-    _replace(_FILE_HANDLER, handler)
 
 
 def terminal() -> Console | None:

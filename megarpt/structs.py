@@ -53,5 +53,5 @@ class StepReport:
     grad_norm: float  # before clipping; nan or inf when the step was skipped for it
     learning_rate: float
     num_tokens: int  # trained tokens, global
-    skipped: bool  # True when a non-finite loss or gradient kept the parameters unchanged
+    skipped: bool  # True when a non-finite loss or gradient, or a spike, kept the parameters unchanged
     metrics: Mapping[str, float]  # name -> global numerator / denominator

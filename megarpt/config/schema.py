@@ -162,7 +162,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights, fp32 main gradients and fp32 losses."""
     max_skipped_steps: NonNegative = 20
-    """Stop (exit code 76) after this many non-finite steps in a row; each one is skipped on every rank and its batch dumped."""
+    """Stop (exit code 76) after this many skipped steps in a row: not finite, or spikes that stability.on_spike skips. Each is
+    skipped on every rank and its batch dumped."""
     head_chunk_tokens: NonNegative = 0
     """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
 
@@ -235,6 +236,29 @@ class LoggingConfig(Section):
     """Also log to Weights & Biases (extra `wandb`)."""
 
 
+class StabilityConfig(Section):
+    """Loss spikes: robust z-scores of loss and gradient norm, by median and median absolute deviation."""
+
+    spike_threshold: Annotated[float, Field(ge=0.0)] = 0.0
+    """A step whose loss or gradient norm lies more than this many robust standard deviations above the median of the window
+    is a spike; 0 looks for none. 6 to 10 are usual."""
+    spike_window_steps: Annotated[int, Field(ge=8)] = 128
+    """The window: this many of the last steps that were applied. Nothing is a spike before it is full."""
+    on_spike: Literal["report", "skip", "rollback"] = "report"
+    """`report` trains on. `skip` leaves the parameters as they are. `rollback` goes back to the newest checkpoint and does
+    not read the samples since then again, those of the spike included; before the first checkpoint it skips."""
+    max_rollbacks: NonNegative = 3
+    """Stop (exit code 76) when a run needs more rollbacks than this."""
+
+
+class FaultsConfig(Section):
+    """What happens when a job stands still."""
+
+    hang_timeout_minutes: Annotated[float, Field(ge=0.0)] = 20.0
+    """End the job (exit code 81) when a rank makes no progress for this long; the stacks of all ranks are written to
+    `<run.dir>/faults` first. Must be longer than the longest first step, save or opening of data; 0 waits for ever."""
+
+
 class ProfileConfig(Section):
     """A trace of a few steps, written to `<run.dir>/profile`."""
 
@@ -261,6 +285,8 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
+    stability: StabilityConfig = Field(default_factory=StabilityConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
 
 
 class ScoreOptions(Section):

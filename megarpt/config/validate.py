@@ -13,13 +13,24 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from megarpt.config.presets import ACTIVATIONS, PRESETS
-from megarpt.config.schema import ObjectiveConfig, OptimizerConfig, ParallelConfig, PretrainConfig, ProfileConfig, Stream
+from megarpt.config.schema import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PretrainConfig,
+    ProfileConfig,
+    StabilityConfig,
+    Stream,
+)
 from megarpt.errors import ConfigError
 
 Rule = Callable[[PretrainConfig], str | None]
 
 STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
 """Which per-token stream of the reference model a scorer reads."""
+
+COLLECTIVE_TIMEOUT_MINUTES = 30.0
+"""How long a collective waits for a peer that is alive and silent: what `device.runtime` and megatron-core give a group."""
 
 SET_BY_MEGARPT: dict[str, dict[str, str]] = {
     "model": {
@@ -360,6 +371,41 @@ def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
     return None
 
 
+def spikes_are_looked_for(cfg: PretrainConfig) -> str | None:
+    if cfg.stability.spike_threshold > 0.0:
+        return None
+    for name in ("spike_window_steps", "on_spike", "max_rollbacks"):
+        got = getattr(cfg.stability, name)
+        if got != StabilityConfig.model_fields[name].default:
+            return f"stability.{name}: got {got!r}, which has no effect with stability.spike_threshold 0; set it to 6 or so"
+    return None
+
+
+def rollbacks_are_made(cfg: PretrainConfig) -> str | None:
+    got = cfg.stability.max_rollbacks
+    if got == StabilityConfig.model_fields["max_rollbacks"].default or cfg.stability.on_spike == "rollback":
+        return None
+    return f"stability.max_rollbacks: got {got}, which has no effect with stability.on_spike {cfg.stability.on_spike}"
+
+
+def rollback_has_checkpoints(cfg: PretrainConfig) -> str | None:
+    if cfg.stability.on_spike != "rollback" or cfg.checkpoint.interval_steps > 0:
+        return None
+    return (
+        "stability.on_spike: got 'rollback', expected checkpoint.interval_steps greater than 0: nothing is saved to go back to"
+    )
+
+
+def hangs_are_seen_before_collectives_give_up(cfg: PretrainConfig) -> str | None:
+    got = cfg.faults.hang_timeout_minutes
+    if got < COLLECTIVE_TIMEOUT_MINUTES:
+        return None
+    return (
+        f"faults.hang_timeout_minutes: got {got:g}, expected less than {COLLECTIVE_TIMEOUT_MINUTES:g}, after which collectives "
+        "fail by themselves and nobody's stack is seen; 0 turns it off"
+    )
+
+
 def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
     return _declared_twice("model", cfg.model.mcore)
 
@@ -401,6 +447,10 @@ RULES: tuple[Rule, ...] = (
     param_gather_has_a_distributed_optimizer,
     profiled_steps_are_trained,
     profile_settings_are_used,
+    spikes_are_looked_for,
+    rollbacks_are_made,
+    rollback_has_checkpoints,
+    hangs_are_seen_before_collectives_give_up,
     mcore_model_keys_are_not_ours,
     mcore_optimizer_keys_are_not_ours,
 )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 from torch._C._distributed_c10d import HashStore
 
 from megarpt.device import mcore_cpu, without_te
@@ -87,6 +88,11 @@ class Runtime:
         if self.is_cuda and state["device"] is not None:
             torch.cuda.set_rng_state(state["device"], self.device)
 
+    def flight_record(self) -> bytes:
+        """The last collectives this rank has started, as JSON; which ranks have not joined one is seen by comparing."""
+        dump = "_dump_nccl_trace_json" if self.is_cuda else "_dump_fr_trace_json"
+        return bytes(getattr(_distributed_c10d, dump)())
+
     def close(self) -> None:
         """Leave the process group."""
         if dist.is_initialized():
@@ -109,6 +115,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: f
         mcore_cpu.install()
         _keep_freed_memory()
     without_te.install()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives remembered for `flight_record`
     backend: Literal["nccl", "gloo"] = "nccl" if kind == "cuda" else "gloo"
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -25,6 +27,7 @@ from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
 from megarpt.train.evaluation import evaluate
+from megarpt.train.failures import Peers, together
 from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
@@ -33,12 +36,15 @@ from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
 from megarpt.train.rundir import RunDir
-from megarpt.train.signals import StopSignal
+from megarpt.train.sharded import from_rank_0
+from megarpt.train.signals import StopSignal, any_rank
+from megarpt.train.spikes import SpikeGuard
 from megarpt.train.state import TrainState
 from megarpt.train.step import TrainStep
 from megarpt.train.stragglers import StragglerWatch, rank_places, ranks_by_host
 from megarpt.train.timers import StepTimers, attach
 from megarpt.train.trainer import Trainer, total_steps
+from megarpt.train.watchdog import Watchdog
 from megarpt.train.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -50,20 +56,23 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     if mistakes:
         raise ConfigError("\n  ".join([f"{len(mistakes)} mistakes in the configuration", *mistakes]))
     layout = ParallelLayout.resolve(cfg.parallel, runtime.world_size)
-    groups = layout.initialize(cfg.run.seed)
     is_writer = runtime.rank == 0
-    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
+    groups = layout.initialize(cfg.run.seed)
     places = rank_places(stage=groups.collection.pp.rank())
-    facts = {
-        "device": runtime.device_name,
-        "world_size": runtime.world_size,
-        "backend": runtime.backend,
-        "hosts": ranks_by_host(places),
-    }
     with (
-        RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=is_writer) as folder,
         StopSignal(runtime) as stop,
+        together(partial(_open_run, cfg, runtime, ranks_by_host(places))) as folder,
+        Peers(folder.faults_dir(from_rank_0(folder.restarts)), runtime.rank, runtime.world_size) as peers,
+        Watchdog(
+            folder, peers, hang_timeout_s=60.0 * cfg.faults.hang_timeout_minutes, flight_record=runtime.flight_record
+        ) as watchdog,
     ):
+
+        def begin(phase: str) -> None:
+            watchdog.beat(phase)
+            stop.check(f"before {phase}")
+
+        begin("building the model")
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
         chunks = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
@@ -72,6 +81,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         attach(timers, chunks, optimizer)
         objective = build_objective(cfg.objective, cfg.run.seed, num_sources=len(cfg.data.train))
         reference = _online_reference(cfg, runtime, layout, groups, tokenizer.sha256)
+        begin("opening the data")
         batches = build_train_batches(
             cfg,
             tokenizer,
@@ -85,14 +95,26 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         checkpoints = CheckpointManager(
             folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
         )
-        state = checkpoints.load_latest(chunks, optimizer, scheduler)
-        if state is not None:
-            folder.record(state.progress, checkpoints.newest)
-            batches.load_state_dict(state.data)
-            objective.load_state_dict(state.selection)
-        elif cfg.model.init_from is not None:
+        spikes = None
+        if cfg.stability.spike_threshold > 0.0:
+            spikes = SpikeGuard(cfg.stability, agree=partial(any_rank, runtime=runtime), shows=is_writer)
+
+        def restore() -> TrainState | None:
+            saved = checkpoints.load_latest(chunks, optimizer, scheduler)
+            if saved is not None:
+                folder.record(saved.progress, checkpoints.newest, counts=saved.counts())
+                batches.load_state_dict(saved.data)
+                objective.load_state_dict(saved.selection)
+                if spikes is not None:
+                    spikes.load_state_dict(saved.spikes)
+            return saved
+
+        begin("reading the checkpoint")
+        state = restore()
+        if state is None and cfg.model.init_from is not None:
             load_weights(cfg.model.init_from, chunks, tokenizer_sha256=tokenizer.sha256)
             optimizer.reload_model_params()
+        begin("the first step")
         if is_writer:
             keep_tokenizer(folder.path, cfg.data.tokenizer)
         resume = state.progress if state else None
@@ -118,7 +140,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             ) as line,
             StepProfiler(cfg.profile, folder.profile_dir, runtime, timers, done=resume.step if resume else 0) as profiler,
         ):
-            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, timers=timers)
+            step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, guard=spikes, timers=timers)
             perf = _perf_meter(cfg, runtime, parameters, folder, timers)
             trainer = Trainer(
                 cfg,
@@ -135,6 +157,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                     max_tokens=cfg.evaluation.max_tokens,
                 ),
                 save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
+                restore=restore,
                 checkpoints=checkpoints,
                 monitor=Monitor(
                     log,
@@ -153,10 +176,18 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 ),
                 run=folder,
                 stop=stop,
+                watchdog=watchdog,
+                spikes=spikes,
             )
             end = trainer.fit()
         folder.finish("finished", f"{end.progress.step} steps")
     return EXIT_OK
+
+
+def _open_run(cfg: PretrainConfig, runtime: Runtime, hosts: Mapping[str, Any]) -> RunDir:
+    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
+    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend, "hosts": hosts}
+    return RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=runtime.rank == 0)
 
 
 def _online_reference(

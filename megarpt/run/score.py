@@ -58,9 +58,16 @@ def run(options: ScoreOptions, runtime: Runtime) -> int:
         DataError: the corpus is damaged, was made with another tokenizer, or the output cannot be written.
         StopRequested: a signal asked for it; what was scored is kept.
     """
+    with StopSignal(runtime) as stop:
+        return _run(options, runtime, stop)
+
+
+def _run(options: ScoreOptions, runtime: Runtime, stop: StopSignal) -> int:
     layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
+    stop.check("before reading the reference model")
     reference = load_pretrained(options.reference, runtime, layout, groups, options.parallel)
+    stop.check("before opening the corpus")
     seq_length = options.seq_length or reference.config.data.seq_length
     data = reference.config.data.model_copy(update={"seq_length": seq_length, "separate_documents": options.separate_documents})
     cfg = reference.config.model_copy(update={"data": data})
@@ -69,9 +76,9 @@ def run(options: ScoreOptions, runtime: Runtime) -> int:
         raise ConfigError(f"--seq-length: {too_long}")
     dataset = open_corpus(cfg, reference.tokenizer, options.corpus, where="--corpus")
     targets = _unfinished(options, reference, dataset)
+    stop.check("before the first window")
     if targets:
-        with StopSignal(runtime) as stop:
-            _score(options, runtime, groups, reference, dataset, targets, stop)
+        _score(options, runtime, groups, reference, dataset, targets, stop)
     return EXIT_OK
 
 

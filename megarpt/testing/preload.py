@@ -4,6 +4,5 @@ from megarpt.device import mcore_cpu
 
 mcore_cpu.install_without_cuda()
 
-import megarpt.model.build  # noqa: E402
-import megarpt.train.checkpoint  # noqa: E402
-import megarpt.train.step  # noqa: E402, F401
+import megarpt.run.pretrain  # noqa: E402
+import megarpt.run.score  # noqa: E402, F401

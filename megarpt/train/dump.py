@@ -1,6 +1,6 @@
-"""The batch of a step that was not finite, for a look afterwards: text, ids, losses.
+"""The batch of a step that was skipped, not finite or a spike, for a look afterwards: text, ids, losses.
 
-    dumps/step_00000042_rank0.json   what was not finite, where, and the decoded text
+    dumps/step_00000042_rank0.json   what was not finite, if anything, where, and the decoded text
     dumps/step_00000042_rank0.npz    every tensor of every micro-batch, as `<micro-batch>.<name>`
 
 A dump never stops a run: when it cannot be written the reason is logged, and training decides by itself what to do.
@@ -67,7 +67,7 @@ class BatchDumper:
         others = {p for p in self._folder.glob(f"step_*_rank{self._rank}.json") if p != path}
         if len(others) >= self._limit:
             logger.warning(
-                "step %d was not finite; %s already holds %d dumps, no more are written", step, self._folder, self._limit
+                "step %d is skipped; %s already holds %d dumps, no more are written", step, self._folder, self._limit
             )
             return None
         arrays: dict[str, np.ndarray] = {}
@@ -80,9 +80,9 @@ class BatchDumper:
             atomic_write_bytes(path.with_suffix(".npz"), packed.getvalue())
             atomic_write_json(path, self._describe(step, work, report))
         except (DataError, OSError) as error:
-            logger.error("step %d was not finite and its batch could not be dumped: %s", step, error)
+            logger.error("step %d is skipped and its batch could not be dumped: %s", step, error)
             return None
-        logger.warning("step %d was not finite and is skipped; its batch is in %s", step, path)
+        logger.warning("step %d is skipped; its batch is in %s", step, path)
         return path
 
     def _describe(self, step: int, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], report: StepReport) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class BatchDumper:
         return {
             "step": step,
             "rank": self._rank,
-            "not_finite": found,  # empty: found by the optimizer in the gradients of another rank or bucket
+            "not_finite": found,  # empty: a spike, or found by the optimizer in the gradients of another rank or bucket
             "loss_nats": str(report.loss_nats),
             "grad_norm": str(report.grad_norm),
             "on_this_rank": any(m["num_not_finite"] for m in micro_batches),

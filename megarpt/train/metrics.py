@@ -42,6 +42,8 @@ class MetricSink(Protocol):
 
     def histogram(self, tag: str, values: np.ndarray, progress: Progress) -> None: ...
 
+    def rewind(self, progress: Progress) -> None: ...
+
     def text(self, tag: str, markdown: str, progress: Progress) -> None: ...
 
     def flush(self) -> None: ...
@@ -166,6 +168,14 @@ class MetricLog:
         """Show a text in the dashboards; it does not go into `metrics.jsonl`."""
         for sink in self._sinks:
             self._send(sink.text, tag, markdown, progress)
+
+    def rewind(self, progress: Progress) -> None:
+        """Go back to where a resume at `progress` would begin: the steps beyond it are done again."""
+        self._last_step = progress.step
+        if self._file is not None:
+            self._kinds = rewind_metrics(self.path, progress.step)
+        for sink in self._sinks:
+            self._send(sink.rewind, progress)
 
     def flush(self) -> None:
         """Put everything on disk. To be called before a checkpoint, so that no checkpoint is ahead of its metrics."""

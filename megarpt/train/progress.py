@@ -65,9 +65,6 @@ class ProgressLine:
         self._points: deque[tuple[float, int]] = deque([(clock(), completed)], maxlen=_RATE_POINTS)
         self._shown_at, self._shown_completed = clock(), -1
         self._is_closed = False
-        self._parent: ProgressLine | None = None
-        self._opened_at = clock()
-        self._console = console
         self._bar: Progress | None = None
         self._task = TaskID(0)
         if is_writer and console is not None:
@@ -80,18 +77,7 @@ class ProgressLine:
                 auto_refresh=False,
             )
             self._bar.start()
-            self._task = self._add_task()
-
-    def nested(self, description: str, total: int, *, unit: str = "tok") -> ProgressLine:
-        """A loop within the loop, such as an evaluation: a second bar that goes when it is done. Its time does not count."""
-        line = ProgressLine(
-            description, total, unit=unit, is_writer=self._is_writer, interval_s=self._interval_s, clock=self._clock
-        )
-        line._parent = self
-        if self._bar is not None:
-            line._bar, line._console = self._bar, self._console
-            line._task = line._add_task()
-        return line
+            self._task = self._bar.add_task(description, total=total, completed=completed, status="")
 
     @property
     def rate(self) -> float:
@@ -125,11 +111,7 @@ class ProgressLine:
         now = self._clock()
         if self._is_writer and self._shown_completed != self._completed:
             self._show(now)
-        if self._parent is not None:
-            self._parent._skip(now - self._opened_at)
-            if self._bar is not None:
-                self._bar.remove_task(self._task)
-        elif self._bar is not None:
+        if self._bar is not None:
             self._bar.stop()
 
     def __enter__(self) -> Self:
@@ -155,20 +137,13 @@ class ProgressLine:
     def _show(self, now: float) -> None:
         self._shown_at, self._shown_completed = now, self._completed
         if self._bar is not None:
-            taken = max(len(task.description) for task in self._bar.tasks) + _BAR_WIDTH + len(" 100%") + 2
+            taken = len(self._description) + _BAR_WIDTH + len(" 100%") + 2
             status = self.status(self._bar.console.width - taken)
             self._bar.update(self._task, completed=self._completed, status=status)
             self._bar.refresh()
         else:
             share = self._completed / self._total if self._total else 1.0
             logger.info("%s %3.0f%%  %s", self._description, 100.0 * share, self.status())
-
-    def _add_task(self) -> TaskID:
-        assert self._bar is not None
-        return self._bar.add_task(self._description, total=self._total, completed=self._completed, status="")
-
-    def _skip(self, seconds: float) -> None:
-        self._points = deque(((t + seconds, n) for t, n in self._points), maxlen=_RATE_POINTS)
 
 
 def step_fields(report: StepReport, memory_bytes: float | None = None) -> dict[str, str]:

@@ -4,9 +4,10 @@
     environment.json   versions, git commit, host and command of the newest attempt
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
+    faults/attempt_<n>/   why an attempt failed or hung, written by the ranks concerned
     metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
-Only the writer rank touches the folder.
+Only the writer rank touches the folder, but for `faults/`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json, cannot_
 from megarpt.errors import (
     EXIT_CONFIG,
     EXIT_ENVIRONMENT,
+    EXIT_HANG,
     EXIT_OK,
     EXIT_RESUMABLE,
     EXIT_UNSTABLE,
@@ -44,11 +46,12 @@ from megarpt.train.environment import describe_environment
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["finished", "resumable", "unstable", "failed", "config_error"]
+Status = Literal["finished", "resumable", "unstable", "hung", "failed", "config_error"]
 EXIT_CODES: Mapping[Status, int] = {
     "finished": EXIT_OK,
     "resumable": EXIT_RESUMABLE,
     "unstable": EXIT_UNSTABLE,
+    "hung": EXIT_HANG,
     "failed": 1,
     "config_error": EXIT_CONFIG,
 }
@@ -67,6 +70,8 @@ _FREE_KEYS = (
     "checkpoint",
     "logging",
     "profile",
+    "stability",  # switched on where a run turns out to need it
+    "faults",
 )
 
 
@@ -103,6 +108,7 @@ class RunDir:
         self.environment: dict[str, Any] = {}
         self._progress = Progress()
         self._checkpoint: Path | None = None
+        self._counts: Mapping[str, int] = {}
         self._lock: int | None = None
         self._attempts: list[dict[str, Any]] = []
         self._started = time.time()
@@ -167,13 +173,18 @@ class RunDir:
     def profile_dir(self) -> Path:
         return self.path / "profile"
 
-    def record(self, progress: Progress, checkpoint: Path | None = None) -> None:
+    def faults_dir(self, attempt: int) -> Path:
+        """Of one attempt; the first is 0, as `restarts` counts them."""
+        return self.path / "faults" / f"attempt_{attempt}"
+
+    def record(self, progress: Progress, checkpoint: Path | None = None, *, counts: Mapping[str, int] | None = None) -> None:
         """Remember where the run stands, for `exit.json`; costs nothing unless there is a new complete `checkpoint`.
 
         A checkpoint is written down at once, so that a killed attempt shows how far it came. A resumed attempt records the
-        checkpoint it starts from.
+        checkpoint it starts from. `counts` are of what has gone wrong, and stay until they are replaced.
         """
         self._progress = progress
+        self._counts = self._counts if counts is None else counts
         if checkpoint is not None:
             self._checkpoint = checkpoint
             if self.is_writer and not self._is_finished:
@@ -198,7 +209,8 @@ class RunDir:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and not self._is_finished:
             status, exit_code = verdict_of(error)
-            self.finish(status, f"{type(error).__name__}: {error}", exit_code=exit_code)
+            notes = getattr(error, "__notes__", ())  # which rank it was
+            self.finish(status, "; ".join([f"{type(error).__name__}: {error}", *notes]), exit_code=exit_code)
         self.close()
 
     def _begin(self, config: PretrainConfig, has_checkpoint: bool, command: Sequence[str], facts: Mapping[str, Any]) -> None:
@@ -206,6 +218,10 @@ class RunDir:
         if previous is not None:
             self._attempts = [*previous.pop("attempts", []), previous][-_MAX_ATTEMPTS_KEPT:]
             self.restarts = int(previous["restarts"]) + 1
+            if previous["status"] == "running":  # the writer was killed; another rank may know more
+                previous["message"] = _failure_of(self.faults_dir(self.restarts - 1))
+            if has_checkpoint:  # until it is read, the run stands where the attempt before left it
+                self._progress, self._checkpoint = _stand_of(previous)
         try:
             self._check_config(config, has_checkpoint)
         except ConfigError as error:
@@ -253,6 +269,7 @@ class RunDir:
             "tokens_seen": self._progress.tokens_seen,
             "tokens_trained": self._progress.tokens_trained,
             "checkpoint": None if self._checkpoint is None else str(self._checkpoint),
+            **self._counts,
             "restarts": self.restarts,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -359,6 +376,20 @@ def _read_exit(path: Path) -> dict[str, Any] | None:
             f"{path} is damaged ({error!r}); expected the record this program writes; remove the file to go on"
         ) from error
     return dict(content)
+
+
+def _failure_of(folder: Path) -> str:
+    """What the ranks of a killed attempt wrote down; empty when nobody could."""
+    try:
+        return str(json.loads((folder / "failure.json").read_bytes())["summary"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _stand_of(record: Mapping[str, Any]) -> tuple[Progress, Path | None]:
+    step, seen, trained = (int(record.get(name, 0)) for name in ("step", "tokens_seen", "tokens_trained"))
+    checkpoint = record.get("checkpoint")
+    return Progress(step=step, tokens_seen=seen, tokens_trained=trained), None if checkpoint is None else Path(checkpoint)
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Stopping on a signal: noticed at once, acted on at the next safe point, agreed on by all ranks."""
+"""Stopping on a signal: noticed at once, acted on at the next safe point, agreed on by all ranks.
+
+A safe point is a place that every rank passes equally often: between two steps, two batches of an evaluation, two parts of
+the warm-up.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,28 @@ import torch
 import torch.distributed as dist
 
 from megarpt.device.runtime import Runtime
+from megarpt.errors import StopRequested
 
 logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+def any_rank(flag: bool, runtime: Runtime) -> bool:
+    """Whether `flag` is set on any rank.
+
+    Collectives: one all-reduce of a single number over the world, none in a world of one.
+    Cost: 0.13 to 0.19 ms on two gloo ranks of one machine.
+    """
+    if runtime.world_size == 1:
+        return flag
+    flags = torch.tensor(int(flag), device=runtime.device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
 class StopSignal:
-    """A context in which SIGTERM, SIGINT and SIGUSR1 ask the run to stop instead of killing it.
+    """A context in which SIGTERM, SIGINT and SIGUSR1 ask the job to stop instead of killing it.
 
     A second SIGINT ends the process at once, as an impatient person expects.
     """
@@ -34,15 +52,17 @@ class StopSignal:
         return self._received or "a signal on another rank"
 
     def agreed(self) -> bool:
-        """Whether any rank was asked to stop.
+        """Whether any rank was asked to stop. Collectives: those of `any_rank`."""
+        return any_rank(self._received is not None, self._runtime)
 
-        Collectives: one all-reduce of a single number over the world, none in a world of one.
+    def check(self, where: str) -> None:
+        """A safe point; `where` completes the sentence "stopped on SIGTERM ...". Collectives: those of `any_rank`.
+
+        Raises:
+            StopRequested: on every rank, when any of them was asked to stop.
         """
-        if self._runtime.world_size == 1:
-            return self._received is not None
-        flag = torch.tensor(int(self._received is not None), device=self._runtime.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        if self.agreed():
+            raise StopRequested(f"stopped on {self.name} {where}; run the same command again")
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -19,12 +19,17 @@ class TrainState:
 
     progress: Progress = field(default_factory=Progress)
     data: Mapping[str, Any] = field(default_factory=dict)  # TokenBatches.state_dict(): position and fingerprint of the data
-    skipped_in_a_row: int = 0  # non-finite steps since the last good one
+    skipped_in_a_row: int = 0  # steps since the last one that was applied
     skipped_total: int = 0
+    spikes_total: int = 0
+    left_out: Sequence[Sequence[int]] = ()  # [first, end) of the samples that each rollback left out
     restarts: int = 0  # how often the run was continued from a checkpoint
     selection: Mapping[str, Any] = field(default_factory=dict)  # what a selection rule carries from step to step
+    spikes: Mapping[str, Any] = field(default_factory=dict)  # SpikeGuard.state_dict(): the window that steps are judged by
 
-    def after_step(self, report: StepReport, *, samples: int, tokens_seen: int, data_order: str = "") -> TrainState:
+    def after_step(
+        self, report: StepReport, *, samples: int, tokens_seen: int, data_order: str = "", is_spike: bool = False
+    ) -> TrainState:
         """The state after one more step.
 
         Args:
@@ -32,6 +37,7 @@ class TrainState:
             samples: sequences the step consumed over all ranks.
             tokens_seen: tokens it fed through the model over all ranks.
             data_order: fingerprint of the data after the step.
+            is_spike: whether its loss or gradient norm was a spike.
         """
         progress = Progress(
             step=self.progress.step + 1,
@@ -45,7 +51,21 @@ class TrainState:
             progress=progress,
             skipped_in_a_row=self.skipped_in_a_row + 1 if report.skipped else 0,
             skipped_total=self.skipped_total + int(report.skipped),
+            spikes_total=self.spikes_total + int(is_spike),
         )
+
+    def rolled_back_to(self, saved: TrainState, *, first: int, end: int) -> TrainState:
+        """The saved state, knowing what has happened since: samples `first` up to `end` are left out from here on."""
+        return replace(
+            saved,
+            restarts=self.restarts,
+            spikes_total=self.spikes_total,
+            left_out=(*self.left_out, (first, end)),
+        )
+
+    def counts(self) -> dict[str, int]:
+        """What has gone wrong so far, by name."""
+        return {"skipped_steps": self.skipped_total, "spikes": self.spikes_total, "rollbacks": len(self.left_out)}
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values; `from_dict` of it is equal."""

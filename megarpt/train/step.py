@@ -29,6 +29,7 @@ from megarpt.structs import Progress, StepReport, TokenBatch, TokenStats
 from megarpt.train.timers import StepTimers
 
 Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
+Guard = Callable[[float, float], bool]  # (loss, gradient norm), finite -> whether the update is held back, on every rank
 Output = tuple[TokenBatch, ObjectiveOutput]
 
 
@@ -50,10 +51,11 @@ class TrainStep:
         groups: ProcessGroups,
         *,
         annotate: Annotate | None = None,
+        guard: Guard | None = None,
         timers: StepTimers | None = None,
     ) -> None:
         self.chunks, self.objective, self.optimizer, self.scheduler = list(chunks), objective, optimizer, scheduler
-        self.groups, self.annotate, self.timers = groups, annotate, timers or StepTimers()
+        self.groups, self.annotate, self.guard, self.timers = groups, annotate, guard, timers or StepTimers()
         self.outputs: list[Output] = []  # of the last step, for dumps, histograms and samples; empty before the last stage
         config = get_model_config(chunks[0])
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
@@ -138,20 +140,25 @@ class TrainStep:
         return stats.logprob, loss_function
 
     def _update(self, tokens_seen: int) -> StepReport:
-        """Clip and step, unless anything is not finite; the learning rate is that of the tokens this step has seen."""
+        """Clip and step, unless anything is not finite or the guard holds it back.
+
+        The learning rate is that of the tokens this step has seen.
+        """
         sums = self._reduce_metrics()
         found_inf = self.optimizer.prepare_grads()
         with self.timers.phase("grad_norm"):
             grad_norm = float(self.optimizer.get_grad_norm())
         loss_sum, num_tokens = sums.pop("loss_sum")[0], sums.pop("num_tokens")[0]
+        loss_nats = loss_sum / num_tokens if num_tokens else 0.0
         skipped = found_inf or not math.isfinite(grad_norm) or not math.isfinite(loss_sum)
+        skipped = skipped or (self.guard is not None and self.guard(loss_nats, grad_norm))
         self.scheduler.step(increment=tokens_seen)
         if not skipped:
             with self.timers.phase("optimizer"):
                 self._clip(grad_norm)
             self.optimizer.step_with_ready_grads()
         return StepReport(
-            loss_nats=loss_sum / num_tokens if num_tokens else 0.0,
+            loss_nats=loss_nats,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.param_groups[0]["lr"],
             num_tokens=int(num_tokens),

@@ -68,12 +68,10 @@ class TensorBoardSink:
                 "pip install tensorboard, or set logging.tensorboard=false"
             ) from error
         self._protos: Any = summary
+        self._writer: Any = torch_tensorboard.SummaryWriter
         self._end_of_session: Any = None
-        step = 0 if resume is None else resume.step + 1
-        tokens = 0 if resume is None else resume.tokens_seen + 1
-        writer = torch_tensorboard.SummaryWriter
-        self._by_step = writer(str(folder), purge_step=step, max_queue=_QUEUE, flush_secs=_FLUSH_S)
-        self._by_tokens = writer(str(folder / "by_tokens"), purge_step=tokens, max_queue=_QUEUE, flush_secs=_FLUSH_S)
+        self._folder = folder
+        self._open(0 if resume is None else resume.step + 1, 0 if resume is None else resume.tokens_seen + 1)
         self._by_step.add_custom_scalars(_LAYOUT)
 
     def scalars(self, values: Mapping[str, float], progress: Progress) -> None:
@@ -90,6 +88,12 @@ class TensorBoardSink:
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         """Markdown; raw HTML other than simple formatting is removed by TensorBoard."""
         self._by_step.add_text(tag, markdown, progress.step)
+
+    def rewind(self, progress: Progress) -> None:
+        """Go on in new files, which tell TensorBoard to forget what lies beyond `progress`."""
+        self._by_step.close()
+        self._by_tokens.close()
+        self._open(progress.step + 1, progress.tokens_seen + 1)
 
     def settings(self, config: Mapping[str, Any], environment: Mapping[str, Any], yaml_text: str, progress: Progress) -> None:
         """The resolved configuration and the environment as text, and the settings that tell runs apart as hyperparameters."""
@@ -112,6 +116,11 @@ class TensorBoardSink:
             self._file(self._by_step).add_summary(self._end_of_session)
         self._by_step.close()
         self._by_tokens.close()
+
+    def _open(self, step: int, tokens: int) -> None:
+        folder, options = str(self._folder), {"max_queue": _QUEUE, "flush_secs": _FLUSH_S}
+        self._by_step: Any = self._writer(folder, purge_step=step, **options)
+        self._by_tokens: Any = self._writer(f"{folder}/by_tokens", purge_step=tokens, **options)
 
     def _add_scalars(self, writer: Any, values: Mapping[str, float], step: int) -> None:
         entries = [self._protos.Summary.Value(tag=tag, simple_value=_in_float32(value)) for tag, value in values.items()]

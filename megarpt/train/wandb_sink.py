@@ -63,6 +63,9 @@ class WandbSink:
     def histogram(self, tag: str, values: np.ndarray, progress: Progress) -> None:
         self._run.log({tag: self._wandb.Histogram(values), "step": progress.step})
 
+    def rewind(self, progress: Progress) -> None:
+        """Not possible there: steps that are done again are drawn again, on the same step."""
+
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         """Not sent: the decoded samples and settings are in TensorBoard, the configuration was given at the start."""
 

@@ -22,6 +22,7 @@ from megarpt.parallel.layout import ParallelLayout
 from megarpt.run import evaluate, generate, pretrain, score
 from megarpt.testing.plain_gpt import PlainGPT
 from megarpt.testing.tiny import byte_tokenizer, write_corpus
+from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.metrics_file import read_metrics
 from megarpt.train.reports import comparable
 from megarpt.train.signals import StopSignal
@@ -146,7 +147,8 @@ def test_a_scoring_job_that_was_stopped_goes_on_to_the_same_bytes(
     whole = options.model_copy(update={"output_prefix": str(tmp_path / "whole")})
     assert score.run(whole, cpu_runtime) == 0
     parts = options.model_copy(update={"output_prefix": str(tmp_path / "parts")})
-    stops = iter([False, False, True, False, True] + [False] * 1000)
+    warm_up = [False] * 3
+    stops = iter([*warm_up, False, False, True, *warm_up, False, True] + [False] * 1000)
     monkeypatch.setattr(StopSignal, "agreed", lambda self: next(stops))
     for _ in range(2):
         with pytest.raises(StopRequested):
@@ -161,7 +163,7 @@ def test_a_scoring_job_that_was_stopped_goes_on_to_the_same_bytes(
         p.name.replace("whole", "parts") for p in tmp_path.glob("whole*")
     )
     killed = options.model_copy(update={"output_prefix": str(tmp_path / "killed")})
-    moments = iter([*[False] * 4, None])  # dies after values were appended and before the journal says so
+    moments = iter([*warm_up, *[False] * 4, None])  # dies after values were appended and before the journal says so
 
     def die(self: StopSignal) -> bool:
         if (moment := next(moments)) is None:
@@ -188,7 +190,7 @@ def test_one_step_that_is_not_finite_is_skipped_dumped_and_survived(
     original, parameters = TrainStep.__call__, []
 
     def poison(self: TrainStep, batches, progress):  # type: ignore[no-untyped-def]
-        parameters.append(torch.cat([p.detach().flatten().clone() for p in self.model.parameters()]))
+        parameters.append(torch.cat([p.detach().flatten().clone() for p in self.chunks[0].parameters()]))
         if progress.step == 5:
             objective = self.objective
             monkeypatch.setattr(
@@ -228,7 +230,7 @@ def test_a_run_that_stays_broken_ends_with_its_own_exit_code(
     def explode(self: TrainStep, batches, progress):  # type: ignore[no-untyped-def]
         if progress.step == 4:
             with torch.no_grad():
-                next(self.model.parameters()).fill_(torch.inf)
+                next(self.chunks[0].parameters()).fill_(torch.inf)
         return original(self, batches, progress)
 
     monkeypatch.setattr(TrainStep, "__call__", explode)
@@ -240,16 +242,61 @@ def test_a_run_that_stays_broken_ends_with_its_own_exit_code(
     assert pretrain.run(cfg, cpu_runtime) == 0  # what it left behind is a run that can go on
 
 
-def test_stop_and_go_on(make_config, train, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight = train(make_config(**{"run.dir": str(tmp_path / "straight"), "objective": SELECTION | {"scorer": "random"}}))
-    cfg = make_config(**{"objective": SELECTION | {"scorer": "random"}})
-    calls = iter(range(1000))
-    monkeypatch.setattr(StopSignal, "agreed", lambda self: next(calls) == 7)
-    with pytest.raises(StopRequested):
+@pytest.mark.parametrize(
+    ("where", "count", "saved"),
+    [
+        ("before opening the data", 1, None),
+        ("in the evaluation after step 0", 2, 0),
+        ("at step 7", 1, 7),
+        ("in the evaluation after step 8", 3, 8),
+        ("in the evaluation after step 12", 1, 12),
+    ],
+)
+def test_stop_and_go_on(
+    make_config, train, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, count: int, saved
+) -> None:
+    """Stopped at any safe point, the run goes on to the same lines, evaluations that were cut short included."""
+    settings = {
+        "objective": SELECTION | {"scorer": "random"},
+        "evaluation": {"interval_steps": 4, "micro_batch_size": 2, "max_tokens": 1024},
+    }
+    straight, cfg = make_config(**settings, **{"run.dir": str(tmp_path / "straight")}), make_config(**settings)
+    train(straight)
+    reached, check = [], StopSignal.check
+
+    def stop_there(self: StopSignal, place: str) -> None:
+        reached.append(place)
+        if reached.count(where) == count:
+            self._received = "SIGUSR1"
+        check(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "check", stop_there)
+        with pytest.raises(StopRequested, match=f"stopped on SIGUSR1 {where}; run the same command again"):
+            pretrain.run(cfg, cpu_runtime)
+    record = exit_record(cfg)
+    assert (record["status"], record["exit_code"]) == ("resumable", 75)
+    newest = latest_checkpoint(f"{cfg.run.dir}/checkpoints")
+    assert record["checkpoint"] == (None if newest is None else str(newest))
+    assert (None if newest is None else int(newest.name[5:])) == saved
+    train(cfg)
+    for kind in ("train", "valid"):
+        lines = [list(map(comparable, read_metrics(Path(each.run.dir) / "metrics.jsonl", kind))) for each in (cfg, straight)]
+        assert lines[0] == lines[1] and lines[0]
+
+
+def test_stopped_in_the_warm_up_a_resumed_run_keeps_naming_its_checkpoint(
+    make_config, train, cpu_runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = make_config()
+    train(cfg)
+    before = exit_record(cfg)
+    monkeypatch.setattr(StopSignal, "agreed", lambda self: True)
+    with pytest.raises(StopRequested, match="before building the model"):
         pretrain.run(cfg, cpu_runtime)
-    assert exit_record(cfg) | {} and (exit_record(cfg)["status"], exit_record(cfg)["exit_code"]) == ("resumable", 75)
-    resumed = train(cfg)
-    assert [comparable(line) for line in resumed] == [comparable(line) for line in straight]
+    record = exit_record(cfg)
+    assert (record["status"], record["restarts"]) == ("resumable", 1)
+    assert record["checkpoint"] == before["checkpoint"] and record["step"] == before["step"] == 12
 
 
 @pytest.mark.parametrize("interval", [0, 4])

@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -307,11 +308,14 @@ def test_verbose_shows_where_an_expected_error_was_raised(config, stage, capsys)
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_other_ranks_do_not_repeat_configuration_errors_but_report_their_own(config, stage, monkeypatch, capsys):
+def test_other_ranks_leave_configuration_errors_to_rank_0_and_report_their_own(config, stage, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    before = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: before.append((seconds, capsys.readouterr().err)))
     assert cli.main(["pretrain", config, "run.sed=3"]) == EXIT_CONFIG
-    assert capsys.readouterr().err == ""
+    assert before == [(cli._RANK_0_REPORTS_S, "")]  # the launcher stops this rank meanwhile, once rank 0 has left
+    assert "[rank 1]: ConfigError" in capsys.readouterr().err
     stage("pretrain", result=DataError("only here"))
     assert cli.main(["pretrain", config, "batch.global_batch_size=16"]) == EXIT_DATA
     assert "[rank 1]: DataError: only here" in capsys.readouterr().err
@@ -321,6 +325,35 @@ def test_unexpected_exceptions_keep_their_traceback(config, stage):
     stage("pretrain", result=ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         cli.main(["pretrain", config])
+
+
+def leave(code, **env):
+    """What is left of a process whose `main` ends with `code`, and which has a thread that never ends."""
+    script = (
+        "import sys, threading, time\nfrom megarpt import cli\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        f"def main():\n    {code}\ncli.main = main\ncli.entry()"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env}, timeout=60
+    )
+
+
+@pytest.mark.parametrize(("code", "exit_code", "word"), [("return 79", 79, ""), ("raise KeyError('a bug')", 1, "a bug")])
+def test_of_several_ranks_one_that_failed_leaves_at_once(code, exit_code, word):
+    result = leave(code, RANK="1", WORLD_SIZE="2")
+    assert result.returncode == exit_code and word in result.stderr and result.stderr.count("Traceback") == bool(word)
+
+
+def test_a_process_that_is_alone_or_successful_leaves_in_order(monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda: 79)
+    with pytest.raises(SystemExit) as alone:
+        cli.entry()
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as successful:
+        cli.entry()
+    assert (alone.value.code, successful.value.code) == (79, 0)
 
 
 def test_interrupting_is_not_a_crash(config, stage, capsys):

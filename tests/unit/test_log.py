@@ -6,7 +6,7 @@ import warnings
 import pytest
 from rich.logging import RichHandler
 
-from megarpt.log import log_to_file, setup_logging, terminal
+from megarpt.log import setup_logging, terminal
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -71,16 +71,6 @@ def test_rich_on_a_terminal_and_the_console_can_be_shared():
     assert any(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers)
     logging.getLogger("megarpt").info("hello")
     assert "hello" in out.getvalue()
-
-
-def test_a_file_gets_plain_lines_and_is_appended_to(tmp_path):
-    path = tmp_path / "deep" / "log.txt"
-    setup_logging(stream=io.StringIO(), log_format="json")
-    log_to_file(path)
-    logging.getLogger("megarpt").info("one")
-    log_to_file(path)
-    logging.getLogger("megarpt").info("two")
-    assert [line.rpartition(": ")[2] for line in path.read_text().splitlines()] == ["one", "two"]
 
 
 def test_only_the_known_library_warnings_are_silenced():

@@ -7,6 +7,7 @@ from megarpt.errors import ConfigError
 STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref"}}]}
 RHO1 = {"objective.scorer": "excess_loss", "objective.weighting": "top_fraction", "objective.fraction": 0.6}
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_tokens": 100}
+SPIKES = {"stability.spike_threshold": 6.0}
 REFERENCE = {"objective.reference": {"checkpoint": "runs/ref"}}
 
 
@@ -147,6 +148,15 @@ BREAKS = [
     (validate.profiled_steps_are_trained, {"profile.steps": [2, 9]}, "profile.steps"),  # 1000 tokens are 8 steps
     (validate.profile_settings_are_used, {"profile.ranks": [1]}, "profile.ranks"),
     (validate.profile_settings_are_used, {"profile.record": ["shapes"]}, "profile.record"),
+    (validate.spikes_are_looked_for, {"stability.on_spike": "skip"}, "stability.on_spike"),
+    (validate.spikes_are_looked_for, {"stability.spike_window_steps": 64}, "stability.spike_window_steps"),
+    (validate.rollbacks_are_made, {**SPIKES, "stability.max_rollbacks": 1}, "stability.max_rollbacks"),
+    (validate.rollback_has_checkpoints, {**SPIKES, "stability.on_spike": "rollback"}, "stability.on_spike"),
+    (
+        validate.hangs_are_seen_before_collectives_give_up,
+        {"faults.hang_timeout_minutes": 30.0},
+        "faults.hang_timeout_minutes",
+    ),
     (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
     (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
@@ -183,6 +193,9 @@ def test_no_rule_is_without_a_test_that_breaks_it():
         {"optimizer.lr_decay_style": "constant"},
         {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 2},
         {"checkpoint.keep_every_steps": 6, "checkpoint.interval_steps": 2},
+        {**SPIKES, "stability.spike_window_steps": 64},
+        {**SPIKES, "stability.on_spike": "rollback", "stability.max_rollbacks": 1, "checkpoint.interval_steps": 5},
+        {"faults.hang_timeout_minutes": 0.0},
         {"data.valid": {"clean-docs_2": "x"}, "evaluation.interval_steps": 5},
         {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
         {"parallel.pipeline_model_parallel_size": 3, "model.mcore": {"num_layers_in_last_pipeline_stage": 2}},

@@ -147,6 +147,17 @@ def test_reading_ahead_is_not_part_of_the_state(make: Callable[..., TokenBatches
     assert batches.state_dict()["consumed_samples"] == 8
 
 
+def test_moving_on_reads_what_comes_next_and_nothing_between(make: Callable[..., TokenBatches]) -> None:
+    batches, other = make(), make()
+    batches.next_step()
+    batches.move_to(24)
+    for _ in range(3):
+        other.next_step()
+    for one, two in zip(batches.next_step(), other.next_step(), strict=True):
+        assert_equal(one, two)
+    assert batches.state_dict()["consumed_samples"] == 32
+
+
 @pytest.mark.parametrize(
     ("changes", "where"),
     [

@@ -1,8 +1,11 @@
 """Choosing a device and naming what is missing."""
 
+import inspect
+
 import pytest
 import torch
 
+from megarpt.config.validate import COLLECTIVE_TIMEOUT_MINUTES
 from megarpt.device import libraries, runtime
 from megarpt.errors import ExtensionError
 
@@ -22,6 +25,10 @@ def test_rng_state_round_trip(cpu_runtime: runtime.Runtime) -> None:
 
 def test_memory_is_reported(cpu_runtime: runtime.Runtime) -> None:
     assert 0 < cpu_runtime.memory_bytes() <= 2 * cpu_runtime.peak_memory_bytes()
+
+
+def test_rules_know_how_long_a_collective_waits() -> None:
+    assert inspect.signature(runtime.start).parameters["timeout_minutes"].default == COLLECTIVE_TIMEOUT_MINUTES
 
 
 def test_an_absent_library_has_a_reason() -> None:

@@ -44,6 +44,9 @@ class RecordingSink:
     def text(self, tag: str, markdown: str, progress: Progress) -> None:
         self.calls.append(("text", tag, markdown, progress.step))
 
+    def rewind(self, progress: Progress) -> None:
+        self.calls.append(("rewind", progress.step))
+
     def flush(self) -> None:
         self.calls.append(("flush",))
 
@@ -123,6 +126,24 @@ def test_rewinding_twice_changes_nothing(run: RunDir, report_at: Any, progress_a
     once = run.metrics_path.read_bytes()
     assert rewind_metrics(run.metrics_path, 3) == {"train", "valid"}
     assert run.metrics_path.read_bytes() == once
+
+
+def test_going_back_in_a_run_leaves_what_a_resume_would(run: RunDir, report_at: Any, progress_at: Any) -> None:
+    sink = RecordingSink()
+    with MetricLog(run, LoggingConfig(), sinks=[sink]) as log:
+        for step in (1, 2, 3, 4, 5):
+            log.step(report_at(step), progress_at(step))
+            if step % 3 == 0:
+                log.evaluation({"clean": RESULT}, progress_at(step))
+        log.rewind(progress_at(2))
+        for step in (3, 4):
+            log.step(report_at(step), progress_at(step))
+        log.evaluation({"clean": RESULT}, progress_at(4))
+    lines = [(line["kind"], line["step"]) for line in read_metrics(run.metrics_path)]
+    assert lines == [("train", 1), ("train", 2), ("train", 3), ("train", 4), ("valid", 4)]
+    discarded = run.metrics_path.with_name("metrics.discarded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in discarded] == [3, 3, 4, 5]
+    assert sink.calls[6] == ("rewind", 2)
 
 
 def test_an_evaluation_on_file_is_not_written_again(run: RunDir, report_at: Any, progress_at: Any) -> None:

@@ -66,31 +66,17 @@ def test_the_rate_follows_a_change_of_speed(clock: Clock) -> None:
     assert line.rate == pytest.approx(10.0, rel=0.05)
 
 
-def test_time_in_a_nested_loop_does_not_count(clock: Clock, log: pytest.LogCaptureFixture) -> None:
-    line = ProgressLine("train", 1000, clock=clock)
-    clock.now += 10.0
-    line.update(100)
-    with line.nested("evaluate clean", 50) as inner:
-        clock.now += 40.0
-        inner.update(50)
-    assert line.rate == pytest.approx(10.0)
-    assert log.messages[-1].startswith("evaluate clean 100%") and log.messages[-1].endswith("50/50 tok")
-
-
 def test_a_terminal_gets_a_live_bar_without_a_thread(clock: Clock) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=120)
     with ProgressLine("train", 100, console=console, clock=clock) as line:
         clock.now += 1.0
         line.update(50, {"loss": "1.25", "kept": "60%"})
-        with line.nested("evaluate", 10) as inner:
-            clock.now += 1.0
-            inner.update(10)
         console.print("a log line")
         clock.now += 1.0
         line.update(100)
     shown = out.getvalue()
-    assert "loss 1.25  kept 60%" in shown and "100%" in shown and "a log line" in shown and "evaluate" in shown
+    assert "loss 1.25  kept 60%" in shown and "100%" in shown and "a log line" in shown
 
 
 def test_what_a_training_step_shows_fits_into_80_columns(clock: Clock) -> None:
@@ -120,8 +106,6 @@ def test_other_ranks_show_nothing(clock: Clock, log: pytest.LogCaptureFixture) -
     out = io.StringIO()
     with ProgressLine("train", 10, console=Console(file=out, force_terminal=True), is_writer=False, clock=clock) as line:
         line.update(5)
-        with line.nested("evaluate", 3) as inner:
-            inner.update(3)
     assert out.getvalue() == "" and not log.messages
 
 

@@ -18,7 +18,7 @@ from megarpt.config.load import load_config
 from megarpt.config.schema import PretrainConfig
 from megarpt.corpus import atomic
 from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json
-from megarpt.errors import CheckpointError, ConfigError, DataError, NumericsError
+from megarpt.errors import CheckpointError, ConfigError, DataError, NumericsError, PeerFailedError, StopRequested
 from megarpt.structs import Progress
 from megarpt.train.environment import describe_environment, git_state
 from megarpt.train.rundir import RunDir, RunDirBusyError, verdict_of
@@ -57,6 +57,8 @@ def test_opening_writes_configuration_environment_and_a_running_verdict(make_con
     [
         (ConfigError("a"), "config_error", 78),
         (NumericsError("a"), "unstable", 76),
+        (StopRequested("a"), "resumable", 75),
+        (PeerFailedError("a", 79), "failed", 79),
         (DataError("a"), "failed", 79),
         (CheckpointError("a"), "failed", 79),
         (RuntimeError("a"), "failed", 1),
@@ -104,6 +106,38 @@ def test_attempts_are_counted_and_remembered(make_config: MakeConfig) -> None:
     record = exit_record(config)
     assert record["restarts"] == 2
     assert [a["status"] for a in record["attempts"]] == ["resumable", "failed"]
+
+
+def test_until_the_checkpoint_is_read_a_resumed_run_stands_where_it_stood(make_config: MakeConfig) -> None:
+    config = make_config()
+    with RunDir.open(config, has_checkpoint=False) as run:
+        run.record(Progress(step=4, tokens_seen=40), Path("checkpoints/4"))
+        run.record(Progress(step=5, tokens_seen=50), counts={"spikes": 2})
+        run.finish("resumable")
+    assert exit_record(config)["spikes"] == 2
+    with pytest.raises(StopRequested), RunDir.open(config, has_checkpoint=True):
+        assert exit_record(config)["checkpoint"] == "checkpoints/4"
+        raise StopRequested("in the warm-up")
+    record = exit_record(config)
+    assert (record["status"], record["step"], record["tokens_seen"], record["checkpoint"]) == (
+        "resumable",
+        5,
+        50,
+        "checkpoints/4",
+    )
+    run_once(config)  # without a checkpoint the run begins anew
+    assert (exit_record(config)["step"], exit_record(config)["checkpoint"]) == (0, None)
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"summary": "rank 0 is gone"}', "rank 0 is gone"), ("{", ""), ("[]", "")])
+def test_what_others_wrote_about_a_killed_writer_is_remembered(make_config: MakeConfig, content: str, message: str) -> None:
+    config = make_config()
+    run = RunDir.open(config, has_checkpoint=False)
+    run._release_lock()  # as if killed
+    run.faults_dir(0).mkdir(parents=True)
+    (run.faults_dir(0) / "failure.json").write_text(content)
+    run_once(config)
+    assert (exit_record(config)["attempts"][0]["status"], exit_record(config)["attempts"][0]["message"]) == ("running", message)
 
 
 def _train_until_killed(config: PretrainConfig, ready: Any) -> None:
@@ -215,6 +249,8 @@ def test_every_blocking_key_is_named_at_once(make_config: MakeConfig) -> None:
         {"data": {"valid": {"clean": "clean", "more": "more"}}},
         {"batch": {"micro_batch_size": 4}},
         {"train": {"max_skipped_steps": 3}},
+        {"stability": {"spike_threshold": 6.0}},
+        {"faults": {"hang_timeout_minutes": 5.0}},
         {"train": {"train_tokens": 12800}, "optimizer": {"lr_decay_tokens": 6400}},
     ],
 )

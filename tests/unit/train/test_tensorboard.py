@@ -109,6 +109,19 @@ def test_without_the_purge_the_curve_would_run_back(tmp_path: Path) -> None:
     assert [e.step for e in read(tmp_path).Scalars("train/loss_nats")] == [*range(1, 9), *range(5, 13)]
 
 
+def test_going_back_in_a_run_hides_the_steps_that_are_done_again(tmp_path: Path, progress_at: Any) -> None:
+    sink = TensorBoardSink(tmp_path)
+    for step in range(1, 9):
+        sink.scalars({"train/loss_nats": 1.0}, progress_at(step))
+    sink.rewind(progress_at(4))
+    for step in range(5, 11):
+        sink.scalars({"train/loss_nats": 2.0}, progress_at(step))
+    sink.close(False)
+    for folder, unit in ((tmp_path, 1), (tmp_path / "by_tokens", 64)):
+        shown = [(e.step, e.value) for e in read(folder).Scalars("train/loss_nats")]
+        assert shown == [(step * unit, 1.0 if step < 5 else 2.0) for step in range(1, 11)]
+
+
 def test_a_fresh_start_in_an_old_folder_hides_the_old_run(tmp_path: Path, progress_at: Any) -> None:
     for steps in (range(1, 9), range(1, 3)):
         sink = TensorBoardSink(tmp_path)
