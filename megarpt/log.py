@@ -27,6 +27,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, str], ...] = (
     (r"Apex is not installed\. Falling back to Torch Norm", r"megatron\.core\..*"),
     # Said of a default that megatron-core sets itself.
     (r"full scope is deprecated\. Use empty cuda_graph_scope", r"megatron\.core\..*"),
+    # megatron-core calls what this torch has renamed.
+    (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\..*"),
 )
 
 
@@ -83,7 +85,7 @@ def setup_logging(
     logging.getLogger("megarpt").setLevel(logging.DEBUG if verbose else logging.INFO if rank == 0 else logging.WARNING)
     logging.captureWarnings(True)
     for message, module in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning, module=module)
+        warnings.filterwarnings("ignore", message=message, category=Warning, module=module)
 
 
 def terminal() -> Console | None:

@@ -100,6 +100,10 @@ class TrainStep:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
+    def selection_state(self) -> dict[str, Any]:
+        """What the objective carries to the next step, on all stages. Collectives: with a pipeline one broadcast of objects."""
+        return from_last_stage(self.objective.state_dict(), self.groups)
+
     def first_output(self) -> Output | None:
         """The first micro-batch of the last step and what the objective said of it, on all stages of the pipeline.
 

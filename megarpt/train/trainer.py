@@ -181,7 +181,7 @@ class Trainer:
             replace(
                 self.state,
                 data=self.batches.state_dict(),
-                selection=self.step.objective.state_dict(),
+                selection=self.step.selection_state(),
                 spikes=self.spikes.state_dict() if self.spikes is not None else {},
             )
         )

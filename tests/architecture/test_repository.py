@@ -28,7 +28,18 @@ from megarpt.objectives.build import SCORERS, WEIGHTINGS
 from megarpt.run.doctor import MEGATRON_CORE
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pretrain", "score", "evaluate", "generate", "export", "verify-resume", "inspect-run", "show-config", "submit", "doctor")
+VERBS = (
+    "pretrain",
+    "score",
+    "evaluate",
+    "generate",
+    "export",
+    "verify-resume",
+    "inspect-run",
+    "show-config",
+    "submit",
+    "doctor",
+)
 
 
 def project():
