@@ -6,7 +6,7 @@ Dims: b micro-batch, s sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megarpt.model.experts import take_balance_losses
 from megarpt.model.forward import head_output, run_schedule, token_stats
 from megarpt.model.token_stats_gpt import HeadMode
 from megarpt.objectives.base import ObjectiveOutput
@@ -83,8 +84,10 @@ class TrainStep:
             self.groups,
             forward_only=False,
         )
+        device, config = batches[0].tokens.device, get_model_config(self.chunks[0])
+        balance = take_balance_losses(config, self.groups, len(batches), device)
         tokens_seen = sum(batch.tokens.numel() for batch in batches) * self.groups.dp_size
-        return self._update(tokens_seen)
+        return self._update(tokens_seen, balance)
 
     @torch.no_grad()
     def parameters_are_finite(self) -> bool:
@@ -143,7 +146,7 @@ class TrainStep:
 
         return stats.logprob, loss_function
 
-    def _update(self, tokens_seen: int) -> StepReport:
+    def _update(self, tokens_seen: int, metrics: Mapping[str, float]) -> StepReport:
         """Clip and step, unless anything is not finite or the guard holds it back.
 
         The learning rate is that of the tokens this step has seen.
@@ -167,7 +170,7 @@ class TrainStep:
             learning_rate=self.optimizer.param_groups[0]["lr"],
             num_tokens=int(num_tokens),
             skipped=skipped,
-            metrics={name: num / den for name, (num, den) in sums.items() if den},
+            metrics={**{name: num / den for name, (num, den) in sums.items() if den}, **metrics},
         )
 
     def _clip(self, grad_norm: float) -> None:

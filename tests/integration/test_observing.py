@@ -77,9 +77,14 @@ def test_a_resumed_run_records_what_is_left_and_says_so_when_nothing_is(
     make_config, train, cpu_runtime: Runtime, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"profile": {"steps": [4, 9]}, "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_decay_tokens": 12 * STEP_TOKENS}}
-    cfg, calls = make_config(**settings), iter(range(100))
+    cfg = make_config(**settings)
+
+    def stop_at_step_6(self: StopSignal, where: str) -> None:
+        if where == "at step 6":
+            raise StopRequested(where)
+
     with monkeypatch.context() as patch, pytest.raises(StopRequested):
-        patch.setattr(StopSignal, "agreed", lambda self: next(calls) == 6)
+        patch.setattr(StopSignal, "check", stop_at_step_6)
         pretrain.run(cfg, cpu_runtime)
     assert "ended before step 9" in caplog.text and not Path(cfg.run.dir, "profile").exists()
     train(make_config(**settings, **{"train.train_tokens": 9 * STEP_TOKENS}))

@@ -62,7 +62,7 @@ def job(requeue: ModuleType, tmp_path: Path) -> Job:
 def test_what_the_run_says_decides(job: Job, status: str, code: int) -> None:
     job.begin()
     job.record(status, code)
-    again = status == "resumable" or (status == "failed" and code != errors.EXIT_DATA)
+    again = status in ("resumable", "hung") or (status == "failed" and code != errors.EXIT_DATA)
     assert job.end(0 if code in (0, 75) else 1) == ("requeue" if again else code)
 
 

@@ -1,0 +1,90 @@
+"""`megarpt pretrain` as a whole: a run of one process is continued under other layouts, and its metrics go on alike."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarpt.config.schema import PretrainConfig
+from megarpt.device import runtime
+from megarpt.run import pretrain
+from megarpt.testing.configs import tiny_config
+from megarpt.testing.distributed import spawn
+from megarpt.testing.tiny import label_values, text_documents, write_sidecar, write_text_corpus
+from megarpt.train.metrics_file import read_metrics
+from megarpt.train.reports import comparable
+
+SEQUENCE, STEP_TOKENS, SAVED, STEPS = 64, 8 * 64, 2, 6
+SMALL = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
+SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2-sp-pp2-zero": (4, {**SP, **PP, "use_distributed_optimizer": True}),
+    "pp2-interleaved-cp2": (4, {**PP, "virtual_pipeline_model_parallel_size": 2, "context_parallel_size": 2}),
+    "dp2-zero-overlapped": (
+        2,
+        {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+    ),
+}
+
+
+def configuration(folder: Path, run: str, parallel: dict[str, Any]) -> PretrainConfig:
+    """Selection from a sidecar over several micro-batches, evaluations, samples and checkpoints."""
+    return tiny_config(
+        **{
+            "run.dir": str(folder / run),
+            "model.mcore": SMALL,
+            "model.vocab_size": 384,  # no padding under any layout
+            "data.train": [{"path": str(folder / "train"), "streams": {"ref_nll": str(folder / "ref_nll")}}],
+            "data.valid": {"held": str(folder / "held")},
+            "data.seq_length": SEQUENCE,
+            "batch": {"micro_batch_size": 2, "global_batch_size": 8},
+            "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_decay_tokens": STEPS * STEP_TOKENS},
+            "objective": {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6},
+            "train.train_tokens": STEPS * STEP_TOKENS,
+            "parallel": parallel,
+            "evaluation": {"interval_steps": 3},
+            "checkpoint": {"interval_steps": SAVED, "keep_last": 10},
+            "logging": {"tensorboard": False, "histogram_interval_steps": 4},
+        }
+    )
+
+
+def train(cfg: dict[str, Any]) -> int:
+    return pretrain.run(PretrainConfig.model_validate(cfg), runtime.start("cpu"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the corpora and the finished run `one` of one process."""
+    folder = tmp_path_factory.mktemp("layouts")
+    documents = write_text_corpus(folder / "train", text_documents(120, seed=1))
+    write_text_corpus(folder / "held", text_documents(12, seed=2))
+    values = [[math.fmod(value, 7.0) for value in row] for row in label_values(documents)]
+    write_sidecar(folder / "ref_nll", folder / "train", values, seq_length=SEQUENCE, separate_documents=True)
+    spawn(1, train, configuration(folder, "one", {}).model_dump())
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_goes_on_alike_under_another_layout(alone: Path, layout: str) -> None:
+    world, parallel = LAYOUTS[layout]
+    cfg = configuration(alone, layout, parallel)
+    shutil.copytree(alone / "one", cfg.run.dir)
+    for checkpoint in (Path(cfg.run.dir) / "checkpoints").glob("step_*"):
+        if int(checkpoint.name[5:]) > SAVED:
+            shutil.rmtree(checkpoint)
+    assert spawn(world, train, cfg.model_dump()) == [0] * world
+    for kind, count in (("train", STEPS), ("valid", STEPS // 3 + 1), ("sample", 1)):
+        expected, got = (list(read_metrics(Path(path) / "metrics.jsonl", kind)) for path in (alone / "one", cfg.run.dir))
+        assert len(got) == len(expected) == count
+        for ours, theirs in zip(map(comparable, got), map(comparable, expected), strict=True):
+            assert ours.keys() == theirs.keys()
+            for tag, value in theirs.items():
+                near = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-3)
+                assert ours[tag] == near, f"{kind} line of step {theirs['step']}: {tag}"
+    assert (Path(cfg.run.dir) / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").exists()
