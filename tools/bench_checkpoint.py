@@ -42,7 +42,8 @@ from megarpt.model.build import build_model, unwrap  # noqa: E402
 from megarpt.model.parameters import total_parameters  # noqa: E402
 from megarpt.objectives.build import build_objective  # noqa: E402
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups  # noqa: E402
-from megarpt.structs import Progress, TokenBatch  # noqa: E402
+from megarpt.structs import Progress  # noqa: E402
+from megarpt.testing.batches import random_batch  # noqa: E402
 from megarpt.testing.configs import tiny_config  # noqa: E402
 from megarpt.train.checkpoint import CheckpointManager  # noqa: E402
 from megarpt.train.optimizer import build_optimizer  # noqa: E402
@@ -84,7 +85,7 @@ def build(groups: ProcessGroups, megabytes: float) -> Training:
     optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
     objective = build_objective(ObjectiveConfig(), 1)
     train_step = TrainStep(chunks, objective, optimizer, scheduler, groups)
-    batch = make_batch()
+    batch = random_batch(BATCH, SEQUENCE, VOCAB, seed=1)
 
     def step() -> float:
         start = time.perf_counter()
@@ -92,21 +93,6 @@ def build(groups: ProcessGroups, megabytes: float) -> Training:
         return time.perf_counter() - start
 
     return Training(cfg, list(chunks), optimizer, scheduler, step, 12 * total_parameters(chunks, groups).total)
-
-
-def make_batch() -> TokenBatch:
-    """Random tokens."""
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(1))
-    return TokenBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(BATCH, SEQUENCE, dtype=torch.bool),
-        position_ids=torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
-        cu_seqlens=torch.arange(0, BATCH * SEQUENCE + 1, SEQUENCE, dtype=torch.int32),
-        sample_id=torch.arange(BATCH),
-        source_id=torch.zeros(BATCH, dtype=torch.int64),
-        sample_index=torch.arange(BATCH),
-    )
 
 
 @dataclass

@@ -30,6 +30,7 @@ from megarpt.model.build import build_model, unwrap  # noqa: E402
 from megarpt.objectives.build import build_objective  # noqa: E402
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups  # noqa: E402
 from megarpt.structs import Progress, TokenBatch  # noqa: E402
+from megarpt.testing.batches import random_batch  # noqa: E402
 from megarpt.testing.configs import tiny_config  # noqa: E402
 from megarpt.testing.plain_gpt import PlainGPT  # noqa: E402
 from megarpt.train.optimizer import build_optimizer  # noqa: E402
@@ -40,21 +41,6 @@ from megarpt.train.timers import StepTimers, attach  # noqa: E402
 LR = 1e-3
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
 BATCH, SEQUENCE = 8, 512
-
-
-def make_batch(seed: int) -> TokenBatch:
-    """Random tokens, one document per sample."""
-    tokens = torch.randint(0, VOCAB, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
-    return TokenBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(BATCH, SEQUENCE, dtype=torch.bool),
-        position_ids=torch.arange(SEQUENCE).expand(BATCH, -1).contiguous(),
-        cu_seqlens=torch.arange(0, BATCH * SEQUENCE + 1, SEQUENCE, dtype=torch.int32),
-        sample_id=torch.arange(BATCH),
-        source_id=torch.zeros(BATCH, dtype=torch.int64),
-        sample_index=torch.arange(BATCH),
-    )
 
 
 def megarpt_step(
@@ -142,7 +128,7 @@ def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool, t
     seconds: dict[str, list[float]] = {name: [] for name in ("megarpt", *peers)}
     difference = 0.0
     for i in range(steps + 2):
-        batch, losses = make_batch(i), {}
+        batch, losses = random_batch(BATCH, SEQUENCE, VOCAB, seed=i), {}
         for name, step in {"megarpt": ours, **peers}.items():
             start = time.process_time()
             losses[name] = step(batch)

@@ -15,7 +15,8 @@ from megarpt.device.runtime import Runtime
 from megarpt.model.build import build_model, unwrap
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout
-from megarpt.structs import StepReport, TokenBatch
+from megarpt.structs import StepReport
+from megarpt.testing.batches import random_batch
 from megarpt.testing.configs import tiny_config
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.optimizer import build_optimizer
@@ -43,7 +44,7 @@ class TinyRun:
         """The reports of the steps up to `until`."""
         reports = []
         while self.state.progress.step < until:
-            reports.append(self.step([make_batch(self.state.progress.step)], self.state.progress))
+            reports.append(self.step([random_batch(B, S, VOCAB, seed=self.state.progress.step)], self.state.progress))
             self.state = self.state.after_step(reports[-1], samples=B, tokens_seen=B * S)
         return reports
 
@@ -94,21 +95,6 @@ def tiny_run(
     step = TrainStep(chunks, build_objective(cfg.objective, 1), optimizer, scheduler, groups)
     checkpoints = CheckpointManager(folder / "checkpoints", cfg, tokenizer_sha256=tokenizer, runtime=runtime, groups=groups)
     return TinyRun(cfg, list(chunks), optimizer, scheduler, step, checkpoints)
-
-
-def make_batch(step: int) -> TokenBatch:
-    """Random tokens that depend on the step alone."""
-    tokens = torch.randint(0, VOCAB, (B, S + 1), generator=torch.Generator().manual_seed(step))
-    return TokenBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(B, S, dtype=torch.bool),
-        position_ids=torch.arange(S).repeat(B, 1),
-        cu_seqlens=torch.arange(0, B * S + 1, S, dtype=torch.int32),
-        sample_id=torch.arange(B),
-        source_id=torch.zeros(B, dtype=torch.int64),
-        sample_index=torch.arange(B),
-    )
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -15,7 +15,8 @@ from typing import Literal
 
 import psutil
 
-from megarpt.train.timers import OWN_WORK, StepTimers
+from megarpt.train.phases import OWN_WORK
+from megarpt.train.timers import StepTimers
 
 Interlude = Literal["evaluation", "save_stall", "save"]
 

@@ -25,25 +25,13 @@ import yaml
 from megarpt.errors import CheckpointError, ConfigError
 from megarpt.train.checkpoint_files import list_checkpoints, list_damaged, read_manifest
 from megarpt.train.metrics_file import DISCARDED, read_metrics
+from megarpt.train.phases import PHASES
 
 Line = Mapping[str, str | int | float]
 
 _RECORDS = ("config.yaml", "exit.json", "metrics.jsonl")
 _RECENT = 20  # training lines that "now" is the mean of
 _DAMAGE_SHOWN = 3  # messages for each file
-STEP_PARTS = (
-    "data_wait",
-    "reference",
-    "forward",
-    "select",
-    "backward",
-    "pipeline_wait",
-    "grad_reduce",
-    "grad_norm",
-    "optimizer",
-    "param_gather",
-    "other",
-)
 _SELECTION = ("kept_fraction", "threshold", "all_loss_nats", "kept_loss_nats", "dropped_loss_nats", "excess_nats")
 
 
@@ -277,7 +265,7 @@ def _add_speed(report: RunReport, train: Sequence[Line]) -> None:
     )
     report.speed = {tag: statistics.median(values) for tag in tags if (values := _numbers(train, tag))}
     report.speed_curve = [(int(line["step"]), v) for line in train for v in _numbers([line], "perf/tokens_per_s")]
-    report.step_parts = {part: statistics.fmean(values) for part in STEP_PARTS if (values := _numbers(train, f"time/{part}_s"))}
+    report.step_parts = {part: statistics.fmean(values) for part in PHASES if (values := _numbers(train, f"time/{part}_s"))}
 
 
 def _add_stragglers(report: RunReport, train: Sequence[Line], environment: Path) -> None:

@@ -10,30 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.profiler import record_function
 
 from megarpt.device.clock import DeviceClock, HostClock
-
-Phase = Literal[
-    "data_wait",
-    "reference",
-    "forward",
-    "select",
-    "backward",
-    "pipeline_wait",
-    "grad_reduce",
-    "grad_norm",
-    "optimizer",
-    "param_gather",
-    "other",
-]
-
-OWN_WORK: frozenset[Phase] = frozenset({"data_wait", "reference", "forward", "backward", "optimizer"})
-"""Phases in which a rank does not wait for the ranks that do the same work; tensor, context and expert parallelism, whose
-collectives lie inside the layers, excepted."""
+from megarpt.train.phases import Phase
 
 PHASE_OF: Mapping[str, Phase] = {
     "forward-compute": "forward",

@@ -20,7 +20,8 @@ from megarpt.errors import CheckpointError
 from megarpt.model.build import build_model
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout
-from megarpt.structs import Progress, TokenBatch
+from megarpt.structs import Progress
+from megarpt.testing.batches import random_batch
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
 from megarpt.train.checkpoint import CheckpointManager
@@ -42,21 +43,6 @@ EP: dict[str, Any] = {"expert_model_parallel_size": 2}
 ZERO: dict[str, Any] = {"use_distributed_optimizer": True}
 OVERLAPPED: dict[str, Any] = {**ZERO, "overlap_grad_reduce": True, "overlap_param_gather": True}
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
-
-
-def make_batch(step: int, rows: slice) -> TokenBatch:
-    tokens = torch.randint(0, VOCAB, (SAMPLES, S + 1), generator=torch.Generator().manual_seed(step))[rows]
-    b = len(tokens)
-    return TokenBatch(
-        tokens=tokens[:, :-1].contiguous(),
-        labels=tokens[:, 1:].contiguous(),
-        loss_mask=torch.ones(b, S, dtype=torch.bool),
-        position_ids=torch.arange(S).repeat(b, 1),
-        cu_seqlens=torch.arange(0, b * S + 1, S, dtype=torch.int32),
-        sample_id=torch.arange(b),
-        source_id=torch.zeros(b, dtype=torch.int64),
-        sample_index=torch.arange(b),
-    )
 
 
 def train(folder: str, parallel: dict[str, Any], until: int, save_at: int, settings: dict[str, Any]) -> list[Any]:
@@ -84,7 +70,9 @@ def train(folder: str, parallel: dict[str, Any], until: int, save_at: int, setti
         state = manager.load_latest(chunks, optimizer, scheduler) or TrainState()
         while state.progress.step < until:
             own = range(groups.dp_rank, SAMPLES, groups.dp_size)
-            reports.append(step([make_batch(state.progress.step, slice(i, i + 1)) for i in own], state.progress))
+            reports.append(
+                step([random_batch(SAMPLES, S, VOCAB, state.progress.step, slice(i, i + 1)) for i in own], state.progress)
+            )
             state = state.after_step(reports[-1], samples=SAMPLES, tokens_seen=SAMPLES * S)
             if state.progress.step == save_at:
                 if settings.get("refuse_rank") == started.rank:
@@ -276,7 +264,7 @@ def train_and_save(folder: str, steps: int, interval: int) -> list[Any]:
     share = SAMPLES // groups.dp_size
     while state.progress.step < steps:
         rows = slice(groups.dp_rank * share, (groups.dp_rank + 1) * share)
-        report = step([make_batch(state.progress.step, rows)], state.progress)
+        report = step([random_batch(SAMPLES, S, VOCAB, state.progress.step, rows)], state.progress)
         state = state.after_step(report, samples=SAMPLES, tokens_seen=SAMPLES * S)
         if state.progress.step % interval == 0:
             manager.save(state, model, optimizer, scheduler)

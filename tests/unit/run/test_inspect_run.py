@@ -10,17 +10,15 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
 from megarpt.errors import ConfigError, DataError, ExtensionError, MegarptError
 from megarpt.run import inspect_run
-from megarpt.train import run_report
 from megarpt.train.metrics_file import MetricsFile
 from megarpt.train.run_report import read_run
-from megarpt.train.timers import Phase
 
 START = 1_700_000_000.0
 
@@ -263,10 +261,6 @@ def test_a_plot_without_matplotlib_says_what_to_install(folder: Path, monkeypatc
 )
 def test_a_curve_in_one_line(values: list[float], expected: str) -> None:
     assert inspect_run.sparkline(values, width=8) == expected
-
-
-def test_every_part_of_a_step_is_reported() -> None:
-    assert get_args(Phase) == run_report.STEP_PARTS
 
 
 def test_it_loads_neither_torch_nor_megatron(folder: Path) -> None:

@@ -23,10 +23,11 @@ from megarpt.structs import Progress, TokenStats
 from megarpt.train.metrics import MetricLog, decoded_sample, kept_shares
 from megarpt.train.metrics_file import MetricsFile, read_metrics, rewind_metrics
 from megarpt.train.perf import PerfMeter, host_memory
+from megarpt.train.phases import Phase
 from megarpt.train.reports import MACHINE_PREFIXES, EvaluationResult, comparable, step_scalars
 from megarpt.train.rundir import RunDir
 from megarpt.train.stragglers import Slowest
-from megarpt.train.timers import Phase, StepTimers
+from megarpt.train.timers import StepTimers
 
 RESULT = EvaluationResult(loss_sum_nats=200.0, num_tokens=100, num_correct=25, bytes_per_token=4.0, seconds=1.5)
 

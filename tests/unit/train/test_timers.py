@@ -11,7 +11,8 @@ import pytest
 
 from megarpt.device.clock import HostClock
 from megarpt.train.perf import PerfMeter
-from megarpt.train.timers import IGNORED, OWN_WORK, PHASE_OF, StepTimers
+from megarpt.train.phases import OWN_WORK
+from megarpt.train.timers import IGNORED, PHASE_OF, StepTimers
 
 
 class LaggingClock:
