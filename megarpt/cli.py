@@ -253,7 +253,8 @@ def _options(model: type[AnySection], args: argparse.Namespace, **replaced: obje
 
 
 def _layout(args: argparse.Namespace) -> dict[str, int]:
-    return {name: getattr(args, name) for name in _LAYOUT if getattr(args, name) is not None}
+    sizes = {name: getattr(args, name) for name in _LAYOUT if getattr(args, name) is not None}
+    return {**sizes, "sequence_parallel": args.sequence_parallel}
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -411,9 +412,9 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 
 def _add_layout(parser: argparse.ArgumentParser) -> None:
     for name in _LAYOUT:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, metavar="N", help="ranks per copy of the model (default: 1)"
-        )
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, metavar="N", help="ranks that share a copy of the model (default: 1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="as parallel.sequence_parallel of a run")
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

@@ -414,6 +414,18 @@ def mcore_optimizer_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
     return _declared_twice("optimizer", cfg.optimizer.mcore)
 
 
+LAYOUT_RULES: tuple[Rule, ...] = (
+    sequence_parallel_has_tensor_parallel,
+    sequence_parallel_divides_the_tokens,
+    context_parallel_divides_the_tokens,
+    context_parallel_divides_the_evaluation,
+    pipeline_divides_the_layers,
+    interleaving_has_a_pipeline,
+    expert_parallel_has_experts,
+    experts_with_tensor_parallel_have_sequence_parallel,
+    param_gather_has_a_distributed_optimizer,
+)
+
 RULES: tuple[Rule, ...] = (
     preset_exists,
     sequence_fits_the_preset,
@@ -436,15 +448,7 @@ RULES: tuple[Rule, ...] = (
     held_out_names_are_plain,
     evaluation_has_corpora,
     kept_checkpoints_are_saved,
-    sequence_parallel_has_tensor_parallel,
-    sequence_parallel_divides_the_tokens,
-    context_parallel_divides_the_tokens,
-    context_parallel_divides_the_evaluation,
-    pipeline_divides_the_layers,
-    interleaving_has_a_pipeline,
-    expert_parallel_has_experts,
-    experts_with_tensor_parallel_have_sequence_parallel,
-    param_gather_has_a_distributed_optimizer,
+    *LAYOUT_RULES,
     profiled_steps_are_trained,
     profile_settings_are_used,
     spikes_are_looked_for,
@@ -479,6 +483,11 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
         if message is not None:
             found.append(message)
     return found
+
+
+def layout_problems(cfg: PretrainConfig) -> list[str]:
+    """Run the rules about how a model and its micro-batches are divided over ranks."""
+    return [message for rule in LAYOUT_RULES if (message := rule(cfg)) is not None]
 
 
 def check(cfg: PretrainConfig, *, world_size: int | None = None) -> None:

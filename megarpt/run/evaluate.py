@@ -28,14 +28,16 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
     """
     layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
-    trained = load_pretrained(options.checkpoint, runtime, layout, groups, options.parallel)
+    trained = load_pretrained(
+        options.checkpoint, runtime, layout, groups, options.parallel, micro_batch_size=options.micro_batch_size
+    )
     cfg = trained.config
     corpora = options.corpora or cfg.data.valid
     if not corpora:
         raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
     datasets = build_eval_sets(cfg, trained.tokenizer)
-    micro_batch_size = options.micro_batch_size or cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size
+    micro_batch_size = cfg.batch.micro_batch_size
     per_batch = micro_batch_size * cfg.data.seq_length * groups.dp_size
     total = sum(min(d.num_windows * d.seq_length, options.max_tokens or sys.maxsize) for d in datasets.values())
     done = 0

@@ -142,6 +142,14 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         ):
             step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, guard=spikes, timers=timers)
             perf = _perf_meter(cfg, runtime, parameters, folder, timers)
+            dumper = BatchDumper(
+                folder.dump_dir,
+                runtime.rank,
+                tokenizer.decode,
+                always=groups.speaks_for_the_loss,
+                source_names=[source.path for source in cfg.data.train],
+            )
+            stragglers = StragglerWatch(perf, places, runtime.device, interval_steps=cfg.logging.straggler_interval_steps)
             trainer = Trainer(
                 cfg,
                 step,
@@ -159,21 +167,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                 save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
                 restore=restore,
                 checkpoints=checkpoints,
-                monitor=Monitor(
-                    log,
-                    line,
-                    perf,
-                    StragglerWatch(perf, places, runtime.device, interval_steps=cfg.logging.straggler_interval_steps),
-                    profiler,
-                    BatchDumper(
-                        folder.dump_dir,
-                        runtime.rank,
-                        tokenizer.decode,
-                        always=groups.speaks_for_the_loss,
-                        source_names=[s.path for s in cfg.data.train],
-                    ),
-                    tokenizer.decode,
-                ),
+                monitor=Monitor(log, line, perf, stragglers, profiler, dumper, tokenizer.decode),
                 run=folder,
                 stop=stop,
                 watchdog=watchdog,
@@ -201,7 +195,13 @@ def _online_reference(
     if cfg.objective.reference is None:
         return None
     reference = load_pretrained(
-        cfg.objective.reference.checkpoint, runtime, layout.without_interleaving(), groups, cfg.parallel
+        cfg.objective.reference.checkpoint,
+        runtime,
+        layout.without_interleaving(),
+        groups,
+        cfg.parallel.model_copy(update={"virtual_pipeline_model_parallel_size": None}),
+        micro_batch_size=cfg.batch.micro_batch_size,
+        seq_length=cfg.data.seq_length,
     )
     if reference.tokenizer.sha256 != tokenizer_sha256:
         raise ConfigError(

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megarpt.config.schema import ParallelConfig, PretrainConfig
+from megarpt.config.validate import layout_problems
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.device.runtime import Runtime
+from megarpt.errors import ConfigError
 from megarpt.model.build import build_inference_network
 from megarpt.model.token_stats_gpt import TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
@@ -27,7 +29,14 @@ class Pretrained:
 
 
 def load_pretrained(
-    path: str, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups, parallel: ParallelConfig
+    path: str,
+    runtime: Runtime,
+    layout: ParallelLayout,
+    groups: ProcessGroups,
+    parallel: ParallelConfig,
+    *,
+    micro_batch_size: int | None = None,
+    seq_length: int | None = None,
 ) -> Pretrained:
     """This rank's part of the model of a run folder or checkpoint, in evaluation mode and without gradients.
 
@@ -37,12 +46,21 @@ def load_pretrained(
         layout: how the model is divided now, whatever it was trained under.
         groups: of that layout.
         parallel: the configuration of that layout.
+        micro_batch_size: samples of a forward pass; None takes its run's.
+        seq_length: tokens of a sample; None takes its run's.
 
     Raises:
+        ConfigError: the model or its micro-batches cannot be divided that way.
         CheckpointError: there is no complete checkpoint, it is damaged, or its tokenizer cannot be found.
     """
     checkpoint = resolve_checkpoint(path)
-    config = read_config(checkpoint).model_copy(update={"parallel": parallel})
+    trained = read_config(checkpoint)
+    batch = trained.batch.model_copy(update={"micro_batch_size": micro_batch_size or trained.batch.micro_batch_size})
+    data = trained.data.model_copy(update={"seq_length": seq_length or trained.data.seq_length})
+    config = trained.model_copy(update={"parallel": parallel, "batch": batch, "data": data})
+    mistakes = layout_problems(config)
+    if mistakes:
+        raise ConfigError("\n  ".join([f"{checkpoint} cannot be divided like this:", *mistakes]))
     tokenizer = find_tokenizer(config, checkpoint)
     network = build_inference_network(config, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
     load_weights(checkpoint, [network])

@@ -66,10 +66,17 @@ def _run(options: ScoreOptions, runtime: Runtime, stop: StopSignal) -> int:
     layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
     stop.check("before reading the reference model")
-    reference = load_pretrained(options.reference, runtime, layout, groups, options.parallel)
+    reference = load_pretrained(
+        options.reference,
+        runtime,
+        layout,
+        groups,
+        options.parallel,
+        micro_batch_size=options.micro_batch_size,
+        seq_length=options.seq_length,
+    )
     stop.check("before opening the corpus")
-    seq_length = options.seq_length or reference.config.data.seq_length
-    data = reference.config.data.model_copy(update={"seq_length": seq_length, "separate_documents": options.separate_documents})
+    data = reference.config.data.model_copy(update={"separate_documents": options.separate_documents})
     cfg = reference.config.model_copy(update={"data": data})
     too_long = sequence_fits_the_preset(cfg)
     if too_long:

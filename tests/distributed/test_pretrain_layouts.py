@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import EvaluateOptions, ParallelConfig, PretrainConfig, ScoreOptions
 from megarpt.device import runtime
-from megarpt.run import pretrain
+from megarpt.run import evaluate, pretrain, score
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
 from megarpt.testing.tiny import label_values, text_documents, write_sidecar, write_text_corpus
@@ -88,3 +91,49 @@ def test_a_run_goes_on_alike_under_another_layout(alone: Path, layout: str) -> N
                 near = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-3)
                 assert ours[tag] == near, f"{kind} line of step {theirs['step']}: {tag}"
     assert (Path(cfg.run.dir) / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").exists()
+
+
+def score_and_evaluate(folder: str, prefix: str, parallel: dict[str, Any]) -> tuple[int, int]:
+    """Exit codes of the two commands on this rank."""
+    started, layout = runtime.start("cpu"), ParallelConfig(**parallel)
+    options = ScoreOptions(
+        reference=f"{folder}/one",
+        corpus=f"{folder}/train",
+        output_prefix=f"{folder}/{prefix}",
+        streams=("ref_nll", "ref_entropy"),
+        micro_batch_size=2,
+        parallel=layout,
+    )
+    sys.stdout = Path(f"{folder}/{prefix}_rank{started.rank}.json").open("w")
+    evaluated = EvaluateOptions(checkpoint=f"{folder}/one", output="json", parallel=layout)
+    codes = score.run(options, started), evaluate.run(evaluated, started)
+    sys.stdout.flush()
+    return codes
+
+
+@pytest.mark.parametrize(("world", "parallel"), [(2, PP), (4, {**SP, "context_parallel_size": 2}), (2, {})])
+def test_scores_and_evaluations_are_those_of_one_process(alone: Path, world: int, parallel: dict[str, Any]) -> None:
+    name = f"scored-{world}-{len(parallel)}"
+    if not (alone / "scored_ref_nll.json").exists():
+        spawn(1, score_and_evaluate, str(alone), "scored", {})
+    assert spawn(world, score_and_evaluate, str(alone), name, parallel) == [(0, 0)] * world
+    for stream in ("ref_nll", "ref_entropy"):
+        expected, got = (np.fromfile(alone / f"{prefix}_{stream}.bin", dtype=np.float32) for prefix in ("scored", name))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    reports = ((alone / f"{prefix}_rank0.json").read_text() for prefix in ("scored", name))
+    expected, got = (json.loads(report)["corpora"]["held"] for report in reports)
+    assert got == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "message"),
+    [
+        (3, {"pipeline_model_parallel_size": 3}, "4 layers do not divide into 3 stages"),
+        (3, {"context_parallel_size": 3}, "do not divide into 2 x 3 pieces"),
+    ],
+)
+def test_a_model_that_cannot_be_divided_like_that_is_refused(
+    alone: Path, world: int, parallel: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        spawn(world, score_and_evaluate, str(alone), "refused", parallel)
