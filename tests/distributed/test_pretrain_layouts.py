@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,9 @@ def score_and_evaluate(folder: str, prefix: str, parallel: dict[str, Any]) -> tu
         micro_batch_size=2,
         parallel=layout,
     )
-    sys.stdout = Path(f"{folder}/{prefix}_rank{started.rank}.json").open("w")
     evaluated = EvaluateOptions(checkpoint=f"{folder}/one", output="json", parallel=layout)
-    codes = score.run(options, started), evaluate.run(evaluated, started)
-    sys.stdout.flush()
-    return codes
+    with Path(f"{folder}/{prefix}_rank{started.rank}.json").open("w") as file, contextlib.redirect_stdout(file):
+        return score.run(options, started), evaluate.run(evaluated, started)
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, PP), (4, {**SP, "context_parallel_size": 2}), (2, {})])
