@@ -88,6 +88,9 @@ class DataConfig(Section):
     """Tokens per sample."""
     separate_documents: bool = True
     """Documents packed into one sample do not see each other, and positions restart with each."""
+    verify: Literal["values", "index"] = "values"
+    """What is compared with the manifests before training: `values` reads every corpus and sidecar once (the ranks share the
+    work, and a resume does not repeat it), `index` only indexes and sizes."""
 
 
 class BatchConfig(Section):

@@ -6,6 +6,8 @@ The manifest is written last. Files without one are the remains of a job that di
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -23,6 +25,7 @@ Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _HASH_BLOCK = 1 << 22
 _TOKEN_BLOCK = 1 << 20
+_OWN_HASH = "manifest_sha256"
 
 
 class _Record(BaseModel):
@@ -114,7 +117,7 @@ class _FileManifest(_Record):
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         try:
-            return cls.model_validate_json(content)
+            return cls.model_validate_json(_checked(content, path, cls.made_by))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
@@ -124,8 +127,9 @@ class _FileManifest(_Record):
             ) from error
 
     def to_json(self) -> bytes:
-        """The file's content."""
-        return self.model_dump_json(indent=2).encode() + b"\n"
+        """The file's content, its own hash in it."""
+        fields = self.model_dump(mode="json")
+        return json.dumps({**fields, _OWN_HASH: _hash_json(fields)}, indent=2, ensure_ascii=False).encode() + b"\n"
 
     def save(self, prefix: str | Path) -> None:
         """Write the manifest atomically beside files that already carry their names.
@@ -134,6 +138,25 @@ class _FileManifest(_Record):
             DataError: the file system refused.
         """
         atomic_write_bytes(manifest_path(prefix), self.to_json())
+
+
+def _checked(content: bytes, path: Path, made_by: str) -> bytes:
+    """The manifest without its own hash, after comparing it; what is not a JSON object is left for the schema to name."""
+    try:
+        fields = json.loads(content)
+        stored = fields.pop(_OWN_HASH, None)
+    except (ValueError, AttributeError):
+        return content
+    if stored != _hash_json(fields):
+        raise DataError(
+            f"{path}: got sha256 {_hash_json(fields)} of its fields, expected {stored} as written in it; the file was changed: "
+            f"copy it again, or run {made_by} again"
+        )
+    return json.dumps(fields).encode()
+
+
+def _hash_json(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class CorpusManifest(_FileManifest):
@@ -270,21 +293,36 @@ def verify_files(prefix: str | Path, manifest: CorpusManifest | SidecarManifest,
             f"{again}"
         )
     if full:
-        _check_hash(bin_path(prefix), manifest.bin_sha256, what, f"the content was changed: {again}")
+        verify_values(prefix, manifest)
 
 
-def _check_hash(path: Path, expected: str, manifest_name: str, remedy: str) -> None:
-    got = hash_file(path)
+def verify_values(
+    prefix: str | Path, manifest: CorpusManifest | SidecarManifest, *, on_block: Callable[[], None] = lambda: None
+) -> None:
+    """Read all values of a corpus or sidecar, and compare their hash; `on_block` is called after every few megabytes.
+
+    Raises:
+        DataError: they are not those the manifest speaks of.
+    """
+    remedy = f"the content was changed: copy the files again, or run {manifest.made_by} again"
+    _check_hash(bin_path(prefix), manifest.bin_sha256, manifest_path(prefix).name, remedy, on_block)
+
+
+def _check_hash(
+    path: Path, expected: str, manifest_name: str, remedy: str, on_block: Callable[[], None] = lambda: None
+) -> None:
+    got = hash_file(path, on_block)
     if got != expected:
         raise DataError(f"{path}: got sha256 {got}, expected {expected} as in {manifest_name}; {remedy}")
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
     """The sha256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_HASH_BLOCK):
             digest.update(block)
+            on_block()
     return digest.hexdigest()
 
 

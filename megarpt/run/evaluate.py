@@ -14,6 +14,7 @@ from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
 from megarpt.parallel.layout import ParallelLayout
+from megarpt.run.contents import verify_contents
 from megarpt.run.pretrained import load_pretrained
 from megarpt.train.evaluation import evaluate
 from megarpt.train.progress import ProgressLine
@@ -37,6 +38,7 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
         raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
     datasets = build_eval_sets(cfg, trained.tokenizer)
+    verify_contents([*datasets.values()], runtime, on_block=lambda: None)
     micro_batch_size = cfg.batch.micro_batch_size
     per_batch = micro_batch_size * cfg.data.seq_length * groups.dp_size
     total = sum(min(d.num_windows * d.seq_length, options.max_tokens or sys.maxsize) for d in datasets.values())

@@ -20,6 +20,7 @@ from megarpt.model.build import build_model, model_mistakes
 from megarpt.model.parameters import ParameterCount, total_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
+from megarpt.run.contents import verify_contents
 from megarpt.run.pretrained import load_pretrained
 from megarpt.run.tokenizer_files import keep_tokenizer
 from megarpt.structs import Progress
@@ -72,6 +73,10 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             watchdog.beat(phase)
             stop.check(f"before {phase}")
 
+        def wait_in(phase: str) -> None:  # of this rank alone
+            watchdog.beat(phase)
+            stop.check_here(f"while {phase}")
+
         begin("building the model")
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
@@ -92,6 +97,9 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             share_over=groups.tp,
         )
         eval_sets = build_eval_sets(cfg, tokenizer)
+        if cfg.data.verify == "values":
+            datasets = [*batches.datasets, *eval_sets.values()]
+            verify_contents(datasets, runtime, on_block=partial(wait_in, "reading the data"), record=folder.verified_path)
         checkpoints = CheckpointManager(
             folder.checkpoint_dir, cfg, tokenizer_sha256=tokenizer.sha256, runtime=runtime, groups=groups
         )

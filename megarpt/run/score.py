@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from megarpt.log import terminal
 from megarpt.model.forward import token_stats
 from megarpt.parallel.collectives import from_speaker
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
+from megarpt.run.contents import verify_contents
 from megarpt.run.pretrained import Pretrained, load_pretrained
 from megarpt.run.score_journal import Journal
 from megarpt.train.evaluation import in_pipeline_loads
@@ -83,6 +85,7 @@ def _run(options: ScoreOptions, runtime: Runtime, stop: StopSignal) -> int:
         raise ConfigError(f"--seq-length: {too_long}")
     dataset = open_corpus(cfg, reference.tokenizer, options.corpus, where="--corpus")
     targets = _unfinished(options, reference, dataset)
+    verify_contents([dataset], runtime, on_block=partial(stop.check_here, "while reading the corpus"))
     stop.check("before the first window")
     if targets:
         _score(options, runtime, groups, reference, dataset, targets, stop)

@@ -4,6 +4,7 @@
     environment.json   versions, git commit, host and command of the newest attempt
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
+    verified.json      which data files were read and found whole
     faults/attempt_<n>/   why an attempt failed or hung, written by the ranks concerned
     metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
@@ -62,6 +63,7 @@ _FREE_KEYS = (
     "run.dir",
     "run.device",
     "data.valid",
+    "data.verify",
     "train.train_tokens",
     "train.max_skipped_steps",
     "train.head_chunk_tokens",
@@ -172,6 +174,10 @@ class RunDir:
     @property
     def dump_dir(self) -> Path:
         return self.path / "dumps"
+
+    @property
+    def verified_path(self) -> Path:
+        return self.path / "verified.json"
 
     @property
     def profile_dir(self) -> Path:

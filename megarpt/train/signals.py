@@ -64,6 +64,11 @@ class StopSignal:
         if self.agreed():
             raise StopRequested(f"stopped on {self.name} {where}; run the same command again")
 
+    def check_here(self, where: str) -> None:
+        """`check` of this rank alone, for work that the ranks have unequal shares of; only within `failures.together`."""
+        if self._received is not None:
+            raise StopRequested(f"stopped on {self.name} {where}; run the same command again")
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._received is not None and number == signal.SIGINT:

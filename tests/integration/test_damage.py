@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megarpt.config.schema import ScoreOptions
+from megarpt.config.schema import EvaluateOptions, PretrainConfig, ScoreOptions
+from megarpt.data import contents
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError, DataError, MegarptError
-from megarpt.run import pretrain, score
+from megarpt.run import evaluate, pretrain, score
 from megarpt.testing.tiny import byte_tokenizer, text_documents, write_corpus, write_sidecar, write_text_corpus
 
 SELECTION = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6}
@@ -82,6 +83,65 @@ def test_a_damaged_corpus(
     assert caught.value.exit_code == 79
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train_ref_nll.bin", "held.bin", "train.idx", "train_ref_nll.idx"])
+def test_a_flipped_bit_anywhere_in_the_data_is_named(make_config, cpu_runtime: Runtime, tmp_path: Path, name: str) -> None:
+    cfg = selection_on_own_data(make_config, tmp_path)
+    flip_a_bit(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: "):
+        pretrain.run(cfg, cpu_runtime)
+
+
+def test_data_that_were_read_once_are_read_again_only_when_they_changed(
+    make_config, train, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    original = contents.verify_values
+
+    def counted(prefix: str, *arguments: object, **options: object) -> None:
+        read.append(Path(prefix).name)
+        original(prefix, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(contents, "verify_values", counted)
+    cfg = selection_on_own_data(make_config, tmp_path)
+    train(cfg)
+    assert sorted(read) == ["held", "train", "train_ref_nll"]
+    train(cfg)
+    assert len(read) == 3
+    flip_a_bit(tmp_path / "held.bin")
+    with pytest.raises(DataError, match=r"held.bin: got sha256"):
+        pretrain.run(cfg, cpu_runtime)
+    assert read[3:] == ["held"]
+
+
+def test_scoring_and_evaluation_read_all_values_first(make_config, train, cpu_runtime: Runtime, tmp_path: Path) -> None:
+    cfg = selection_on_own_data(make_config, tmp_path)
+    train(cfg)
+    flip_a_bit(tmp_path / "train.bin")
+    flip_a_bit(tmp_path / "held.bin")
+    with pytest.raises(DataError, match=r"train.bin: got sha256"):
+        score.run(
+            ScoreOptions(reference=cfg.run.dir, corpus=str(tmp_path / "train"), output_prefix=f"{tmp_path}/x"), cpu_runtime
+        )
+    with pytest.raises(DataError, match=r"held.bin: got sha256"):
+        evaluate.run(EvaluateOptions(checkpoint=cfg.run.dir), cpu_runtime)
+
+
+def selection_on_own_data(make_config, tmp_path: Path) -> PretrainConfig:
+    """A run on files that a test may break."""
+    documents = write_text_corpus(tmp_path / "train", text_documents(40, seed=3))
+    write_text_corpus(tmp_path / "held", text_documents(6, seed=4))
+    values = [[1.0] * len(document) for document in documents]
+    write_sidecar(tmp_path / "train_ref_nll", tmp_path / "train", values, seq_length=64, separate_documents=True)
+    source = {"path": str(tmp_path / "train"), "streams": {"ref_nll": str(tmp_path / "train_ref_nll")}}
+    return make_config(**{"data.train": [source], "data.valid": {"held": str(tmp_path / "held")}, "objective": SELECTION})
+
+
 def sidecar_of_another_length(prefix: Path) -> None:
     shutil.copyfile(f"{prefix}.idx", f"{prefix}_ref_nll.idx")
 
@@ -105,7 +165,8 @@ def sidecar_with_holes(prefix: Path) -> None:
         (sidecar_of_another_length, {}, DataError, "corpus_ref_nll.idx"),
         (truncated_sidecar, {}, DataError, "corpus_ref_nll.bin"),
         (sidecar_of_another_corpus, {}, DataError, "does not belong.*corpus_bin_sha256"),
-        (sidecar_with_holes, {}, DataError, "corpus_ref_nll.bin.*nan"),
+        (sidecar_with_holes, {}, DataError, "corpus_ref_nll.bin: got sha256"),
+        (sidecar_with_holes, {"data.verify": "index"}, DataError, "corpus_ref_nll.bin.*nan"),
         (lambda _: None, {"data.seq_length": 32}, DataError, "does not belong.*seq_length: got 64, expected 32"),
         (lambda _: None, {"data.separate_documents": False}, DataError, "separate_documents"),
         (lambda _: None, {"objective": SELECTION | {"scorer": "reference_entropy"}}, ConfigError, "megarpt score"),

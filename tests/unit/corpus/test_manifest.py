@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -96,9 +97,20 @@ def test_sidecar_of_something_else_names_every_difference(tmp_path: Path, change
 
 
 def change(prefix: Path, **changes: Any) -> None:
+    """A manifest that some other program might have written."""
     content = json.loads(manifest_path(prefix).read_bytes())
+    del content["manifest_sha256"]
     content.update(changes)
-    manifest_path(prefix).write_text(json.dumps({key: value for key, value in content.items() if value != "REMOVE"}))
+    content = {key: value for key, value in content.items() if value != "REMOVE"}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    signed = {**content, "manifest_sha256": hashlib.sha256(canonical.encode()).hexdigest()}
+    manifest_path(prefix).write_text(json.dumps(signed))
+
+
+def overwrite(prefix: Path, old: bytes, new: bytes) -> None:
+    content = manifest_path(prefix).read_bytes()
+    assert old in content
+    manifest_path(prefix).write_bytes(content.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +118,9 @@ def change(prefix: Path, **changes: Any) -> None:
     [
         (lambda p: manifest_path(p).unlink(), "got only c.bin and c.idx, expected a tokenized corpus with its manifest"),
         (lambda p: manifest_path(p).write_text("{"), "not the manifest of a tokenized corpus"),
+        (lambda p: overwrite(p, b'"num_tokens": 37', b'"num_tokens": 36'), "c.json: got sha256 .* of its fields"),
+        (lambda p: overwrite(p, b'"created": "20', b'"created": "30'), "c.json: got sha256 .* of its fields"),
+        (lambda p: overwrite(p, b"manifest_sha256", b"manifest_sha257"), "expected None as written in it"),
         (lambda p: change(p, num_tokens="REMOVE"), "num_tokens: Field required"),
         (lambda p: change(p, num_tokens=-1), "num_tokens"),
         (lambda p: change(p, num_tokens="37"), "num_tokens"),
