@@ -27,6 +27,8 @@ _KNOWN_WARNINGS: tuple[tuple[str, str], ...] = (
     (r"Apex is not installed\. Falling back to Torch Norm", r"megatron\.core\..*"),
     # Said of a default that megatron-core sets itself.
     (r"full scope is deprecated\. Use empty cuda_graph_scope", r"megatron\.core\..*"),
+    # Asked by megatron-core of the shares of its distributed optimizer.
+    (r"The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed", r"megatron\.core\.optimizer\..*"),
     # megatron-core calls what this torch has renamed.
     (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed\..*"),
 )

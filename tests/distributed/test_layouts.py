@@ -108,7 +108,7 @@ def configuration(case: dict[str, Any], parallel: dict[str, Any]) -> PretrainCon
     return tiny_config(
         **{
             "model": {
-                "preset": "tiny",
+                "preset": case.get("preset", "tiny"),
                 "mcore": {**SMALL, **case.get("mcore", {})},
                 "vocab_size": 384,  # no padding under any layout
                 "make_vocab_size_divisible_by": 64,
@@ -181,6 +181,10 @@ CASES: dict[str, dict[str, Any]] = {
     "recompute-full": {"mcore": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}},
     "recompute-attention": {"mcore": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}},
     "recompute-mlp": {"mcore": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}},
+    # learned positions, biases, LayerNorm, one matrix for both ends of the pipeline
+    "gpt2": {"preset": "gpt2-124m", "mcore": {"num_query_groups": 4}, "objective": OBJECTIVES["selection"]},
+    # norms of queries and keys, one matrix for both ends
+    "qwen3": {"preset": "qwen3-0.6b", "mcore": {"kv_channels": 16}, "objective": OBJECTIVES["selection"]},
     "experts": {"mcore": EXPERTS},
     "experts-selection": {"mcore": EXPERTS, "objective": OBJECTIVES["selection"]},
 }
@@ -224,6 +228,12 @@ def test_fp32_layouts_agree_with_one_process(case: str, layout: str, alone: Any)
 @pytest.mark.parametrize("case", ["experts", "experts-selection"])
 def test_expert_layouts_agree_with_one_process(case: str, layout: str, alone: Any) -> None:
     check(case, *EXPERT_LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "pp2-cp2", "tp2-sp-pp2"])
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_other_kinds_of_model_agree_with_one_process(case: str, layout: str, alone: Any) -> None:
+    check(case, *LAYOUTS[layout], alone)
 
 
 @pytest.mark.parametrize("layout", ["dp2-zero", "tp2-sp-cp2", "pp2-interleaved", "pp2-cp2"])
