@@ -15,5 +15,5 @@ def write_sharded(sharded: dict[str, Any], folder: Path) -> None:
     assert dist.group.WORLD is not None and dist.get_world_size() == 1
     folder.mkdir(parents=True)
     part = Distribution(dist.group.WORLD).part(sharded)
-    part.freeze(None, lambda: False)
+    part.freeze(None)
     complete(folder, [part.write(folder, 0)])

@@ -321,7 +321,7 @@ class CheckpointManager:
             self._buffer.reserve(room_for(size for part in parts.values() for size in part.sizes))
             self._buffer.clear()
         for part in parts.values():
-            part.freeze(self._buffer.copy if is_staged else None, self._given_up.is_set)
+            part.freeze(self._buffer.copy if is_staged else None)
         self._runtime.synchronize()
 
     def _finish(self) -> None:

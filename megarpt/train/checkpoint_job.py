@@ -46,7 +46,7 @@ class SaveJob:
         written = {}
         for name, part in self.parts.items():
             (self.temporary / name).mkdir(parents=True, exist_ok=True)
-            written[name] = part.write(self.temporary / name, self.rank)
+            written[name] = part.write(self.temporary / name, self.rank, self.given_up.is_set)
         own = [path for name in self.parts for path in (self.temporary / name).glob(f"__{self.rank}_*")]
         return RankFiles(written, self._describe(own))
 

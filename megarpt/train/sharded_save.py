@@ -83,34 +83,37 @@ class Part:
         """Bytes of each tensor that this rank writes."""
         return [entry.data.nbytes for entry in self._tensors]
 
-    def freeze(self, place: Callable[[Tensor], Tensor] | None, is_given_up: Callable[[], bool]) -> None:
-        """Make the plan of what is written.
+    def freeze(self, place: Callable[[Tensor], Tensor] | None) -> None:
+        """Fix what is written.
 
         Args:
             place: gives the copy of a tensor that is written in its stead; None writes the tensor itself, which must not change
                 before `write` has returned.
-            is_given_up: asked between any two tensors; when it is true, `write` ends with an error.
         """
         if place is not None:
             for entry in self._tensors:
                 entry.data = place(entry.data.detach())
-        self._planner = _Planner(is_given_up)
-        self._planner.set_up_planner(mcore_to_pyt_state_dict(self._by_key, False), is_coordinator=dist.get_rank() == 0)
-        self._plan = self._planner.create_local_plan()
 
-    def write(self, folder: Path, rank: int) -> Written:
+    def write(self, folder: Path, rank: int, is_given_up: Callable[[], bool] = lambda: False) -> Written:
         """Write the file of this rank, and on rank 0 the plain values, and wait until they are on the disk.
+
+        Args:
+            folder: of the part.
+            rank: this one.
+            is_given_up: asked between any two tensors; when it is true, the write ends with an error.
 
         Raises:
             OSError: the file system refused, or the save was given up.
         """
+        planner = _Planner(is_given_up)
+        planner.set_up_planner(mcore_to_pyt_state_dict(self._by_key, False), is_coordinator=rank == 0)
         writer = _Writer(folder)
         writer.set_up_storage_writer(is_coordinator=False, rank=rank, use_collectives=False)  # names the file after the rank
-        plan = writer.prepare_local_plan(self._plan)
+        plan = writer.prepare_local_plan(planner.create_local_plan())
         try:
             if self._common is not None:
                 (folder / COMMON_STATE_FNAME).write_bytes(self._common)
-            results = writer.write_data(plan, self._planner).wait()
+            results = writer.write_data(plan, planner).wait()
         except RuntimeError as error:
             if "inline_container" not in str(error):
                 raise
