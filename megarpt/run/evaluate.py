@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from megarpt.run.pretrained import load_pretrained
 from megarpt.train.evaluation import evaluate
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reports import EvaluationResult
+from megarpt.train.signals import StopSignal
 
 
 def run(options: EvaluateOptions, runtime: Runtime) -> int:
@@ -26,9 +28,16 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
 
     Raises:
         ConfigError: there is nothing to evaluate on.
+        StopRequested: a signal to any rank; nothing is printed.
     """
+    with StopSignal(runtime) as stop:
+        return _run(options, runtime, stop)
+
+
+def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
     layout = ParallelLayout.resolve(options.parallel, runtime.world_size)
     groups = layout.initialize(seed=0)
+    stop.check("before reading the model")
     trained = load_pretrained(
         options.checkpoint, runtime, layout, groups, options.parallel, micro_batch_size=options.micro_batch_size
     )
@@ -38,7 +47,7 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
         raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
     datasets = build_eval_sets(cfg, trained.tokenizer)
-    verify_contents([*datasets.values()], runtime, on_block=lambda: None)
+    verify_contents([*datasets.values()], runtime, on_block=partial(stop.check_here, "while reading the corpora"))
     micro_batch_size = cfg.batch.micro_batch_size
     per_batch = micro_batch_size * cfg.data.seq_length * groups.dp_size
     total = sum(min(d.num_windows * d.seq_length, options.max_tokens or sys.maxsize) for d in datasets.values())
@@ -49,6 +58,7 @@ def run(options: EvaluateOptions, runtime: Runtime) -> int:
             nonlocal done
             done += per_batch
             line.update(min(done, total))
+            stop.check("in the evaluation")
 
         results = evaluate(
             [trained.network],

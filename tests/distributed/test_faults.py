@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megarpt.config.schema import PretrainConfig, ScoreOptions
+from megarpt.config.schema import EvaluateOptions, PretrainConfig, ScoreOptions
 from megarpt.device import runtime
 from megarpt.errors import MegarptError
+from megarpt.run import evaluate, pretrain, score
 from megarpt.testing.configs import tiny_config
 from megarpt.testing.distributed import spawn
 from megarpt.testing.tiny import text_documents, write_text_corpus
@@ -62,10 +63,8 @@ def outcome(job: Any, *arguments: Any) -> tuple[str, str]:
     return "", ""
 
 
-def signalled_run(cfg: PretrainConfig, where: str, count: int) -> tuple[str, str]:
+def signalled(job: Any, options: Any, where: str, count: int) -> tuple[str, str]:
     """Rank 1 gets SIGUSR1 when it comes to a safe point for the `count`th time; rank 0 gets nothing."""
-    from megarpt.run import pretrain
-
     reached, check = [], StopSignal.check
 
     def check_there(self: StopSignal, place: str) -> None:
@@ -75,7 +74,7 @@ def signalled_run(cfg: PretrainConfig, where: str, count: int) -> tuple[str, str
         check(self, place)
 
     StopSignal.check = check_there  # type: ignore[method-assign]  # the process ends with the test
-    return outcome(pretrain.run, cfg)
+    return outcome(job, options)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def signalled_run(cfg: PretrainConfig, where: str, count: int) -> tuple[str, str
 def test_a_signal_on_one_rank_stops_both_at_the_same_place(
     cfg: PretrainConfig, where: str, count: int, saved: int | None
 ) -> None:
-    there, here = spawn(2, signalled_run, cfg, where, count)
+    there, here = spawn(2, signalled, pretrain.run, cfg, where, count)
     assert there == ("StopRequested", f"stopped on a signal on another rank {where}; run the same command again")
     assert here == ("StopRequested", f"stopped on SIGUSR1 {where}; run the same command again")
     record = json.loads((Path(cfg.run.dir) / "exit.json").read_text())
@@ -94,12 +93,18 @@ def test_a_signal_on_one_rank_stops_both_at_the_same_place(
     assert (None if newest is None else int(newest.name[5:])) == saved
     assert not (Path(cfg.run.dir) / "faults").exists()
     if saved:
-        assert spawn(2, signalled_run, cfg, "nowhere", 1) == [("", "")] * 2
+        assert spawn(2, signalled, pretrain.run, cfg, "nowhere", 1) == [("", "")] * 2
+
+
+def test_a_signal_on_one_rank_stops_an_evaluation(cfg: PretrainConfig) -> None:
+    assert spawn(1, signalled, pretrain.run, cfg, "nowhere", 1) == [("", "")]
+    options = EvaluateOptions(checkpoint=cfg.run.dir, micro_batch_size=2, device="cpu")
+    there, here = spawn(2, signalled, evaluate.run, options, "in the evaluation", 2)
+    assert there == ("StopRequested", "stopped on a signal on another rank in the evaluation; run the same command again")
+    assert here == ("StopRequested", "stopped on SIGUSR1 in the evaluation; run the same command again")
 
 
 def signalled_score(options: ScoreOptions, count: int) -> tuple[str, str]:
-    from megarpt.run import score
-
     reached, agreed = [], StopSignal.agreed
 
     def agreed_there(self: StopSignal) -> bool:
@@ -114,7 +119,7 @@ def signalled_score(options: ScoreOptions, count: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize(("count", "where"), [(2, "before opening the corpus"), (6, "after 12 windows")])
 def test_a_signal_on_one_rank_stops_scoring(cfg: PretrainConfig, tmp_path: Path, count: int, where: str) -> None:
-    assert spawn(1, signalled_run, cfg, "nowhere", 1) == [("", "")]
+    assert spawn(1, signalled, pretrain.run, cfg, "nowhere", 1) == [("", "")]
     prefix = tmp_path / "scored"
     options = ScoreOptions(
         reference=cfg.run.dir, corpus=cfg.data.train[0].path, output_prefix=str(prefix), micro_batch_size=2, device="cpu"
@@ -128,8 +133,6 @@ def test_a_signal_on_one_rank_stops_scoring(cfg: PretrainConfig, tmp_path: Path,
 
 
 def failing_run(cfg: PretrainConfig, rank: int) -> tuple[str, str]:
-    from megarpt.run import pretrain
-
     original = TrainStep.__call__
 
     def failing(self: TrainStep, batches: Any, progress: Any) -> Any:
@@ -153,7 +156,7 @@ def test_the_rank_that_writes_fails(cfg: PretrainConfig) -> None:
 def test_a_run_folder_that_cannot_be_opened_ends_both(cfg: PretrainConfig, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     blocked = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": str(tmp_path / "file" / "run")})})
-    first, second = spawn(2, signalled_run, blocked, "nowhere", 1)
+    first, second = spawn(2, signalled, pretrain.run, blocked, "nowhere", 1)
     assert first == second and first[0] == "ConfigError" and "cannot make the folder" in first[1]
 
 
