@@ -6,6 +6,9 @@ from typing import Any
 
 from megarpt.config.schema import PretrainConfig
 
+TWO_LAYERS = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
+"""`model.mcore` of a model that trains a step in milliseconds."""
+
 
 def tiny_config(**overrides: Any) -> PretrainConfig:
     """A configuration of the tiny preset; overrides by dotted key: `tiny_config(**{"data.seq_length": 64})`."""

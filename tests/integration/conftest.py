@@ -10,11 +10,10 @@ import pytest
 
 from megarpt.config.schema import PretrainConfig
 from megarpt.device.runtime import Runtime
-from megarpt.testing.configs import tiny_config
+from megarpt.testing.configs import TWO_LAYERS, tiny_config
 from megarpt.testing.tiny import text_documents, write_text_corpus
 from megarpt.train.metrics_file import read_metrics
 
-SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
 STEP_TOKENS = 8 * 64
 
 MakeConfig = Callable[..., PretrainConfig]
@@ -36,7 +35,7 @@ def make_config(corpora: Path, tmp_path: Path) -> MakeConfig:
     def make(**overrides: Any) -> PretrainConfig:
         base: dict[str, Any] = {
             "run.dir": str(tmp_path / "run"),
-            "model.mcore": SMALL,
+            "model.mcore": TWO_LAYERS,
             "data.train": [{"path": str(corpora / "train")}],
             "data.valid": {"held": str(corpora / "held")},
             "data.seq_length": 64,

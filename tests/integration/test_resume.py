@@ -17,6 +17,7 @@ import pytest
 
 from megarpt.config.load import dump_resolved
 from megarpt.config.schema import PretrainConfig
+from megarpt.testing.configs import TWO_LAYERS
 from megarpt.train.checkpoint_files import list_checkpoints, read_manifest, resolve_checkpoint
 from megarpt.train.metrics_file import read_metrics
 from megarpt.train.reports import comparable
@@ -31,14 +32,7 @@ LIMIT_S = 120.0
 SETTINGS: dict[str, Any] = {
     "train.train_tokens": STEPS * STEP_TOKENS,
     "train.precision": "bf16",
-    "model.mcore": {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 96,
-        "hidden_dropout": 0.1,
-    },
+    "model.mcore": TWO_LAYERS | {"hidden_dropout": 0.1},
     "objective": {"scorer": "random", "weighting": "top_fraction", "fraction": 0.6},
     "batch": {"micro_batch_size": 4, "global_batch_size": 8},
     "checkpoint": {"interval_steps": INTERVAL, "keep_last": 2},

@@ -19,20 +19,14 @@ from megarpt.model.build import build_model
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.run import verify_resume
 from megarpt.run.verify_resume import AttemptFailedError, Verification
+from megarpt.testing.configs import TWO_LAYERS
 from megarpt.train.comparison import Comparison
 from megarpt.train.optimizer import build_optimizer
 
 STEPS, STEP_TOKENS = 12, 8 * 64
 SETTINGS: dict[str, Any] = {
     "train.precision": "bf16",
-    "model.mcore": {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 96,
-        "hidden_dropout": 0.1,
-    },
+    "model.mcore": TWO_LAYERS | {"hidden_dropout": 0.1},
     "objective": {"scorer": "loss", "weighting": "top_fraction", "fraction": 0.6},
     "logging.histogram_interval_steps": 5,
     "run.device": "cpu",

@@ -18,7 +18,7 @@ import pytest
 
 from megarpt.config.load import dump_resolved
 from megarpt.corpus.indexed import bin_path, idx_path
-from megarpt.testing.configs import tiny_config
+from megarpt.testing.configs import TWO_LAYERS, tiny_config
 from megarpt.testing.slurm import Cluster, missing
 from megarpt.testing.tiny import text_documents, write_text_corpus
 from megarpt.train.metrics_file import read_metrics
@@ -34,7 +34,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 600.0
 STEPS, STEP_TOKENS = 600, 4 * 64
-SMALL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
 # CPUs only, and several jobs on one node.
 ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=2", "--mem=1G", "--oversubscribe", "--time=60"]
 CALM, DOOMED = "--exclude=fake[4-6]", "--exclude=fake[1-3]"
@@ -112,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     config = tiny_config(
         **{
             "run": {"dir": "runs/x", "device": "cpu"},
-            "model.mcore": SMALL,
+            "model.mcore": TWO_LAYERS,
             "data.train": [{"path": "train"}],
             "batch": {"micro_batch_size": 2, "global_batch_size": 4},
             "train.train_tokens": STEPS * STEP_TOKENS,

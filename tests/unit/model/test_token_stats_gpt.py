@@ -11,7 +11,7 @@ from megarpt.model.generation import generate, sample
 from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.structs import TokenBatch, TokenStats
-from megarpt.testing.configs import tiny_config
+from megarpt.testing.configs import TWO_LAYERS, tiny_config
 from megarpt.testing.plain_gpt import PlainGPT
 
 VOCAB, B, S = 300, 2, 24
@@ -20,8 +20,7 @@ DOCUMENTS = ((10, 9, 5), (1, 23))
 
 def make_network(groups: ProcessGroups, **overrides: object) -> TokenStatsGPT:
     torch.manual_seed(7)
-    small = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 96}
-    cfg = tiny_config(**{"model.mcore": small, "data.seq_length": S} | overrides)
+    cfg = tiny_config(**{"model.mcore": TWO_LAYERS, "data.seq_length": S} | overrides)
     config = build.transformer_config(cfg, ParallelLayout(), is_cuda=False)
     return build.build_network(cfg, config, groups, vocab_size=VOCAB, backend="torch")
 
