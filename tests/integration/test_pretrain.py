@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,14 @@ def test_a_scoring_job_that_was_stopped_goes_on_to_the_same_bytes(
     parts = options.model_copy(update={"output_prefix": str(tmp_path / "parts")})
     warm_up = [False] * 3
     stops = iter([*warm_up, False, False, True, *warm_up, False, True] + [False] * 1000)
-    monkeypatch.setattr(StopSignal, "agreed", lambda self: next(stops))
+
+    def agreed(self: StopSignal) -> bool:
+        self._received = signal.SIGTERM if next(stops) else 0
+        return self._received != 0
+
+    monkeypatch.setattr(StopSignal, "agreed", agreed)
     for _ in range(2):
-        with pytest.raises(StopRequested):
+        with pytest.raises(StopRequested, match="stopped on SIGTERM after"):
             score.run(parts, cpu_runtime)
         assert not Path(f"{tmp_path}/parts_ref_nll.json").exists()
     assert score.run(parts, cpu_runtime) == 0
@@ -267,7 +273,7 @@ def test_stop_and_go_on(
     def stop_there(self: StopSignal, place: str) -> None:
         reached.append(place)
         if reached.count(where) == count:
-            self._received = "SIGUSR1"
+            self._received = signal.SIGUSR1
         check(self, place)
 
     with monkeypatch.context() as patch:
@@ -291,8 +297,14 @@ def test_stopped_in_the_warm_up_a_resumed_run_keeps_naming_its_checkpoint(
     cfg = make_config()
     train(cfg)
     before = exit_record(cfg)
-    monkeypatch.setattr(StopSignal, "agreed", lambda self: True)
-    with pytest.raises(StopRequested, match="before building the model"):
+    enter = StopSignal.__enter__
+
+    def signalled(self: StopSignal) -> StopSignal:
+        self._received = signal.SIGTERM
+        return enter(self)
+
+    monkeypatch.setattr(StopSignal, "__enter__", signalled)
+    with pytest.raises(StopRequested, match="stopped on SIGTERM before building the model"):
         pretrain.run(cfg, cpu_runtime)
     record = exit_record(cfg)
     assert (record["status"], record["restarts"]) == ("resumable", 1)
