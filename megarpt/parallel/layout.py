@@ -30,11 +30,6 @@ class ProcessGroups:
     dp_size: int
 
     @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank is on the pipeline stage that reads the tokens."""
-        return self.pp.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         """Whether this rank is on the pipeline stage that computes the loss."""
         return self.pp.rank() == self.pp.size() - 1
