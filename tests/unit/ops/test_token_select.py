@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megarpt.errors import ShapeError
 from megarpt.ops import reference
-from megarpt.ops.topk_select import num_kept, ordered_key, select_top_fraction, select_top_fraction_rows
+from megarpt.ops.token_select import num_kept, select_top_fraction, select_top_fraction_rows
+from megarpt.ops.token_select_passes import ordered_key
 from megarpt.testing.distributed import spawn
 
 FRACTIONS = (0.01, 0.25, 0.5, 0.6, 0.99, 1.0)
