@@ -97,11 +97,11 @@ void count_order_digits(const Scores& scores, const Search& search, int shift, i
   });
 }
 
-// Where the best k end. Of a score: kept for certain, out for certain, or equal to the last that is kept.
+// Where the best k end.
 struct Cut {
   const float* score;
   const uint8_t* valid;
-  const int64_t* order;
+  const int64_t* order;  // null: equals are not told apart by it
   uint32_t kth;
   uint64_t kth_order;
   int64_t num_equal_kept;
@@ -113,88 +113,184 @@ struct Cut {
         kth(static_cast<uint32_t>(search.score.as<const uint64_t>()[0])),
         kth_order(search.order ? search.order_search.as<const uint64_t>()[0] : 0),
         num_equal_kept((search.order ? search.order_search : search.score).as<const int64_t>()[1]) {}
-
-  bool above(int64_t i) const {
-    const uint32_t key = score_key(score[i]);
-    return valid[i] && (key > kth || (key == kth && order && order_key(order[i]) > kth_order));
-  }
-  bool equal(int64_t i) const { return valid[i] && score_key(score[i]) == kth && (!order || order_key(order[i]) == kth_order); }
 };
+
+// Marks what is kept for certain and what is equal to the last that is kept, and returns how many the latter are. The cut is
+// copied: a pointer to bytes may point to anything, so the compiler would read it again after every mark.
+template <bool kOrdered>
+int64_t mark(const Cut cut, int64_t first, int64_t count, uint8_t* above, uint8_t* equal) {
+  int64_t num_equal = 0;
+#pragma omp simd reduction(+ : num_equal)
+  for (int64_t j = 0; j < count; ++j) {
+    const uint32_t key = score_key(cut.score[first + j]);
+    bool larger = key > cut.kth, same = key == cut.kth;
+    if constexpr (kOrdered) {
+      const uint64_t key_of_order = order_key(cut.order[first + j]);
+      larger = larger | (same & (key_of_order > cut.kth_order));
+      same = same & (key_of_order == cut.kth_order);
+    }
+    const bool valid = cut.valid[first + j] != 0;
+    above[j] = valid & larger;
+    equal[j] = valid & same;
+    num_equal += valid & same;
+  }
+  return num_equal;
+}
+
+int64_t mark(const Cut& cut, int64_t first, int64_t count, uint8_t* above, uint8_t* equal) {
+  return cut.order ? mark<true>(cut, first, count, above, equal) : mark<false>(cut, first, count, above, equal);
+}
 
 void count_equals(const Scores& scores, const Search& search, const Vector& counts) {
   const Cut cut(scores, search);
   int64_t* result = counts.as<int64_t>();
   for_chunks(scores.score.size, [&](int64_t chunk, int64_t first, int64_t count) {
-    int64_t equals = 0;
-    for (int64_t i = first; i < first + count; ++i) equals += cut.equal(i);
-    result[chunk] = equals;
+    uint8_t above[kChunk], equal[kChunk];
+    result[chunk] = mark(cut, first, count, above, equal);
   });
 }
 
-// Calls `add(index, lane)` for `count` indices, in groups that a compiler can turn into vector instructions.
-template <typename Add>
-inline void in_lanes(int64_t count, const Add& add) {
-  int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
+void keep_all_equals(const Cut cut, int64_t first, int64_t count, uint8_t* mask) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) add(j + lane, lane);
+  for (int64_t i = first; i < first + count; ++i) mask[i] = (cut.valid[i] != 0) & (score_key(cut.score[i]) >= cut.kth);
+}
+
+// `before`: equals of all ranks before this chunk's.
+void keep_first_equals(const Cut& cut, int64_t before, int64_t first, int64_t count, uint8_t* mask) {
+  uint8_t above[kChunk], equal[kChunk];
+  const int64_t num_equal = mark(cut, first, count, above, equal), still_kept = cut.num_equal_kept - before;
+  if (still_kept < num_equal) {  // of all chunks of all ranks in one only, and after it
+    int64_t position = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const bool here = equal[j] != 0;
+      equal[j] = here && position < still_kept;
+      position += here;
+    }
   }
-  for (int lane = 0; j + lane < count; ++lane) add(j + lane, lane);
+  for (int64_t j = 0; j < count; ++j) mask[first + j] = above[j] | equal[j];
 }
 
-template <typename T>
-inline double total(const T (&lanes)[kLanes]) {
-  double sum = 0.0;
-  for (const T lane : lanes) sum += static_cast<double>(lane);
-  return sum;
+// A sum in as many parts as the widest vectors have, on any processor.
+struct Lanes {
+  double at[kLanes] = {};
+
+  void add(const float* values, int64_t count) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) at[lane] += static_cast<double>(values[j + lane]);
+    }
+  }
+  void add_difference(const float* values, const float* less, int64_t count) {
+    for (int64_t j = 0; j < count; j += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        at[lane] += static_cast<double>(values[j + lane]) - static_cast<double>(less[j + lane]);
+      }
+    }
+  }
+  double total() const {
+    double sum = 0.0;
+    for (const double lane : at) sum += lane;
+    return sum;
+  }
+};
+
+// Values of one block that count, zero where they do not: chosen, not multiplied by 0 or 1, for what is left out may be NaN.
+struct Block {
+  static constexpr int64_t kSize = 512;  // they stay in the first-level cache
+  float first[kSize], second[kSize];
+  int64_t padded;  // count, up to whole lanes
+
+  explicit Block(int64_t count) : padded((count + kLanes - 1) / kLanes * kLanes) {
+    std::fill(first + count, first + padded, 0.0f);
+    std::fill(second + count, second + padded, 0.0f);
+  }
+};
+
+// Calls `body(first, count)` for the blocks of a chunk.
+template <typename Body>
+void for_blocks(int64_t count, const Body& body) {
+  for (int64_t start = 0; start < count; start += Block::kSize) body(start, std::min(Block::kSize, count - start));
 }
 
-// The sums of one chunk. Values are chosen, not multiplied by 0 or 1: what is left out may be NaN.
+void add_losses(const float* loss, float sign, const uint8_t* valid, const uint8_t* mask, int64_t count, double* sums) {
+  Lanes kept, dropped;
+  int32_t num_valid = 0, num_kept = 0;
+  for_blocks(count, [&](int64_t start, int64_t size) {
+    Block block(size);
+    const float* const x = loss + start;
+    const uint8_t *const v = valid + start, *const m = mask + start;
+    const float s = sign;
+    int32_t valid_here = 0, kept_here = 0;
+#pragma omp simd reduction(+ : valid_here, kept_here)
+    for (int64_t j = 0; j < size; ++j) {
+      const float nll = s * x[j];
+      const int32_t is_valid = v[j], is_kept = v[j] & m[j];
+      block.first[j] = is_kept ? nll : 0.0f;
+      block.second[j] = is_valid > is_kept ? nll : 0.0f;
+      valid_here += is_valid;
+      kept_here += is_kept;
+    }
+    kept.add(block.first, block.padded);
+    dropped.add(block.second, block.padded);
+    num_valid += valid_here;
+    num_kept += kept_here;
+  });
+  sums[kValid] = num_valid;
+  sums[kKept] = num_kept;
+  sums[kNllKept] = kept.total();
+  sums[kNllDropped] = dropped.total();
+  sums[kNllValid] = sums[kNllKept] + sums[kNllDropped];
+}
+
+void add_excess(const float* loss, float sign, const float* reference, const uint8_t* valid, int64_t count, double* sums) {
+  Lanes references, excess;
+  int32_t num_known = 0;
+  for_blocks(count, [&](int64_t start, int64_t size) {
+    Block block(size);
+    const float *const x = loss + start, *const r = reference + start;
+    const uint8_t* const v = valid + start;
+    const float s = sign;
+    int32_t known_here = 0;
+#pragma omp simd reduction(+ : known_here)
+    for (int64_t j = 0; j < size; ++j) {
+      const float nll = s * x[j], ref = r[j];
+      const int32_t known = v[j] & (ref == ref);
+      block.first[j] = known ? nll : 0.0f;
+      block.second[j] = known ? ref : 0.0f;
+      known_here += known;
+    }
+    references.add(block.second, block.padded);
+    excess.add_difference(block.first, block.second, block.padded);
+    num_known += known_here;
+  });
+  sums[kReference] = references.total();
+  sums[kKnown] = num_known;
+  sums[kExcess] = excess.total();
+}
+
+void add_agreement(const float* score, const float* previous, const uint8_t* valid, const uint8_t* mask, int64_t count,
+                   double* sums) {
+  const float threshold = previous ? *previous : 0.0f;
+  int32_t num_nan = 0, num_agreeing = 0;
+#pragma omp simd reduction(+ : num_nan, num_agreeing)
+  for (int64_t j = 0; j < count; ++j) {
+    const int32_t at_least = score[j] >= threshold, is_nan = score[j] != score[j];
+    num_nan += valid[j] & is_nan;
+    num_agreeing += valid[j] & (at_least == mask[j]);
+  }
+  sums[kNanScores] = num_nan;
+  if (previous) sums[kAgreeing] = num_agreeing;
+}
+
 void add_chunk(const Scores& scores, const uint8_t* mask, const Report& report, int64_t first, int64_t count, double* sums) {
   const uint8_t* valid = scores.valid.as<const uint8_t>() + first;
   const float* loss = report.loss.as<const float>() + first;
   const float sign = report.negate ? -1.0f : 1.0f;
   mask += first;
-  double kept[kLanes] = {}, dropped[kLanes] = {};
-  int32_t num_valid[kLanes] = {}, num_kept[kLanes] = {};
-  in_lanes(count, [&](int64_t j, int lane) {
-    const double nll = sign * loss[j];
-    kept[lane] += valid[j] & mask[j] ? nll : 0.0;
-    dropped[lane] += valid[j] & ~mask[j] ? nll : 0.0;
-    num_valid[lane] += valid[j];
-    num_kept[lane] += valid[j] & mask[j];
-  });
-  sums[kValid] = total(num_valid);
-  sums[kKept] = total(num_kept);
-  sums[kNllKept] = total(kept);
-  sums[kNllDropped] = total(dropped);
-  sums[kNllValid] = sums[kNllKept] + sums[kNllDropped];
-  sums[kNanScores] = sums[kReference] = sums[kKnown] = sums[kExcess] = sums[kAgreeing] = 0.0;
-  if (report.reference) {
-    const float* reference = report.reference.as<const float>() + first;
-    double references[kLanes] = {}, excess[kLanes] = {};
-    int32_t num_known[kLanes] = {};
-    in_lanes(count, [&](int64_t j, int lane) {
-      const bool known = valid[j] & (reference[j] == reference[j]);
-      const double ref = reference[j], above = sign * loss[j] - ref;
-      references[lane] += known ? ref : 0.0;
-      excess[lane] += known ? above : 0.0;
-      num_known[lane] += known;
-    });
-    sums[kReference] = total(references);
-    sums[kExcess] = total(excess);
-    sums[kKnown] = total(num_known);
-  }
+  std::fill(sums, sums + kNumSums, 0.0);
+  add_losses(loss, sign, valid, mask, count, sums);
+  if (report.reference) add_excess(loss, sign, report.reference.as<const float>() + first, valid, count, sums);
   if (scores.score) {
-    const float* score = scores.score.as<const float>() + first;
-    int32_t num_nan[kLanes] = {}, num_agreeing[kLanes] = {};
-    const float previous = report.previous ? report.previous.as<const float>()[0] : 0.0f;
-    in_lanes(count, [&](int64_t j, int lane) {
-      num_nan[lane] += valid[j] & (score[j] != score[j]);
-      num_agreeing[lane] += valid[j] & ((score[j] >= previous) == (mask[j] != 0));
-    });
-    sums[kNanScores] = total(num_nan);
-    if (report.previous) sums[kAgreeing] = total(num_agreeing);
+    add_agreement(scores.score.as<const float>() + first, report.previous.as<const float>(), valid, mask, count, sums);
   }
 }
 
@@ -212,15 +308,9 @@ void write_mask(const Scores& scores, const Search& search, const Vector& starts
   uint8_t* kept = mask.as<uint8_t>();
   for_chunks(scores.score.size, [&](int64_t chunk, int64_t first, int64_t count) {
     if (starts) {
-      int64_t before = starts.as<const int64_t>()[chunk];
-      for (int64_t i = first; i < first + count; ++i) {
-        const bool equal = cut.equal(i);
-        kept[i] = cut.above(i) || (equal && before < cut.num_equal_kept);
-        before += equal;
-      }
+      keep_first_equals(cut, starts.as<const int64_t>()[chunk], first, count, kept);
     } else {
-#pragma omp simd
-      for (int64_t i = first; i < first + count; ++i) kept[i] = cut.valid[i] & (score_key(cut.score[i]) >= cut.kth);
+      keep_all_equals(cut, first, count, kept);
     }
     if (report.sums) add_chunk(scores, kept, report, first, count, report.partial.row<double>(chunk));
   });
