@@ -54,10 +54,17 @@ __device__ inline Float16 narrow<Float16>(float value) {
   return __float2half_rn(value);
 }
 
-// e^x within 2 units in the last place on the whole range, by CUDA's documentation, and that for 8 instructions: no reason to
-// take __expf, whose error grows with |x|. 0 for minus infinity.
+// e^x within 2 units in the last place on the whole range, by CUDA's documentation; 8 instructions. 0 for minus infinity.
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+
+// e^x for sums over numbers of half precision, in 2 instructions: off by at most 2 + 1.2 |x| units in the last place (the
+// rounding of the scaled argument, as in __expf), and 0 where the result is subnormal.
+__device__ inline float quick_exponential(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+}
 
 // The larger of two, and the other one when one is NaN.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -144,6 +145,10 @@ V __shfl_xor_sync(unsigned mask, V value, int distance) {
 namespace megarpt {
 namespace {
 
+inline float quick_exponential(float x) {
+  const float result = std::exp2(x * 1.44269504f);
+  return result < std::numeric_limits<float>::min() ? 0.0f : result;
+}
 inline float larger(float a, float b) { return std::fmax(a, b); }
 inline double larger(double a, double b) { return std::fmax(a, b); }
 inline float product(float a, float b) { return a * b; }
