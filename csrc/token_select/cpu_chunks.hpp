@@ -28,7 +28,8 @@ void for_chunks(int64_t n, const Body& body) {
   }
 }
 
-// Adds to `histogram` the digits that `fill(first, count, digits)` writes for each chunk; kNumBins stands for none.
+// Adds to `histogram` the digits that `fill(first, count, digits)` writes for each chunk; kNumBins stands for none. It returns
+// false when nothing of the chunk competes.
 template <typename Fill>
 void add_histogram(int64_t n, int64_t* histogram, const Fill& fill) {
 #pragma omp parallel if (n >= kParallel)
@@ -38,7 +39,7 @@ void add_histogram(int64_t n, int64_t* histogram, const Fill& fill) {
     for (int64_t chunk = 0; chunk < num_chunks(n); ++chunk) {
       const int64_t first = chunk * kChunk, count = std::min<int64_t>(kChunk, n - first);
       uint16_t digits[kChunk];
-      fill(first, count, digits);
+      if (!fill(first, count, digits)) continue;
       int64_t j = 0;
       for (; j + kCopies <= count; j += kCopies) {
         for (int copy = 0; copy < kCopies; ++copy) ++bins[copy][digits[j + copy]];
@@ -52,12 +53,13 @@ void add_histogram(int64_t n, int64_t* histogram, const Fill& fill) {
   }
 }
 
-void fill_digits(const float* score, const uint8_t* valid, int64_t count, const Digit& digit, uint16_t* digits) {
+bool fill_digits(const float* score, const uint8_t* valid, int64_t count, const Digit& digit, uint16_t* digits) {
 #pragma omp simd
   for (int64_t j = 0; j < count; ++j) {
     const uint32_t of_key = digit.of(score_key(score[j]), kNumBins);
     digits[j] = static_cast<uint16_t>(valid[j] ? of_key : kNumBins);
   }
+  return true;
 }
 
 void score_excess(const Vector& logprob, const Vector& reference, const Scores& scores, const Vector& histogram) {
@@ -68,7 +70,7 @@ void score_excess(const Vector& logprob, const Vector& reference, const Scores& 
   add_histogram(logprob.size, histogram.as<int64_t>(), [=](int64_t first, int64_t count, uint16_t* digits) {
 #pragma omp simd
     for (int64_t i = first; i < first + count; ++i) score[i] = -lp[i] - ref[i];
-    fill_digits(score + first, valid + first, count, digit, digits);
+    return fill_digits(score + first, valid + first, count, digit, digits);
   });
 }
 
@@ -77,7 +79,7 @@ void count_digits(const Scores& scores, const Vector& search, int shift, int wid
   const auto* valid = scores.valid.as<const uint8_t>();
   const Digit digit{search.as<const uint64_t>()[0], shift, width};
   add_histogram(scores.score.size, histogram.as<int64_t>(), [=](int64_t first, int64_t count, uint16_t* digits) {
-    fill_digits(score + first, valid + first, count, digit, digits);
+    return fill_digits(score + first, valid + first, count, digit, digits);
   });
 }
 
@@ -88,12 +90,20 @@ void count_order_digits(const Scores& scores, const Search& search, int shift, i
   const auto kth = static_cast<uint32_t>(search.score.as<const uint64_t>()[0]);
   const Digit digit{search.order_search.as<const uint64_t>()[0], shift, width};
   add_histogram(scores.score.size, histogram.as<int64_t>(), [=](int64_t first, int64_t count, uint16_t* digits) {
+    uint8_t equal[kChunk];
+    int64_t num_equal = 0;
+#pragma omp simd reduction(+ : num_equal)
+    for (int64_t j = 0; j < count; ++j) {
+      equal[j] = (valid[first + j] != 0) & (score_key(score[first + j]) == kth);
+      num_equal += equal[j];
+    }
+    if (num_equal == 0) return false;  // as most often: scores of real models rarely repeat
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      const int64_t i = first + j;
-      const uint32_t of_key = digit.of(order_key(order[i]), kNumBins);
-      digits[j] = static_cast<uint16_t>(valid[i] && score_key(score[i]) == kth ? of_key : kNumBins);
+      const uint32_t of_key = digit.of(order_key(order[first + j]), kNumBins);
+      digits[j] = static_cast<uint16_t>(equal[j] ? of_key : kNumBins);
     }
+    return true;
   });
 }
 

@@ -7,8 +7,8 @@
 namespace megarpt::token_select::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks =
-    1056;  // of a histogram: as many as the largest GPU holds at a time, for each is merged at its end
+// Blocks of a histogram: as many as the largest GPU holds at a time, for each is added to the others at its end.
+constexpr int64_t kMostBlocks = 132 * 8;
 
 unsigned num_chunks(int64_t n) { return static_cast<unsigned>((n + kChunk - 1) / kChunk); }
 
