@@ -110,7 +110,7 @@ def select_top_fraction(
             everything when None, is told apart by rank and index.
 
     Shapes: score [n] fp32, valid [n] bool, order [n] int64.
-    Cost: 4 passes over n; 11 when the k-th score is not unique, 5 of them without an order. The host waits once for the device.
+    Cost: 4 passes over n; when the k-th score is not unique 11, or 5 without an order. The host waits once for the device.
     Collectives: over group, SUM of int64: 3 of 2048; when the k-th score is not unique one of [ranks] more, and with an order
         6 of 2048. One of a single number when fraction is 1.
     Error: none, the selection is exact (tests/unit/ops/test_token_select.py, against a sort).

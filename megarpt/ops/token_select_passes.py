@@ -24,6 +24,7 @@ SCORE_BITS = 32  # of a score's key
 ORDER_BITS = 63  # of an order's key
 CHUNK = 4096  # scores whose sums and counts belong together
 NUM_SUMS = 10
+_LOWEST = -(1 << 31)  # of int32
 
 
 def num_chunks(n: int) -> int:
@@ -36,10 +37,10 @@ def ordered_key(score: Tensor) -> Tensor:
 
     Shapes: any fp32 -> the same, int64.
     """
-    bits = score.view(torch.int32).long()
-    bits = torch.where(bits == -(1 << 31), 0, bits)  # -0.0; in integers, whatever the processor does to denormals
-    key = torch.where(bits < 0, -1 - bits, bits + (1 << 31))  # negative floats sort backwards as integers
-    return torch.where(score.isnan(), 0, key)
+    bits = score.view(torch.int32)  # integers, whatever the processor does to denormals
+    bits = torch.where(bits == _LOWEST, 0, bits)  # -0.0
+    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers
+    return torch.where(score.isnan(), _LOWEST, rising).long() - _LOWEST
 
 
 def score_of_key(key: Tensor) -> Tensor:
