@@ -36,6 +36,7 @@ class TokenStatsGPT(GPTModel):
         self.valid_vocab_size = valid_vocab_size
         self.head_chunk_tokens = head_chunk_tokens
         self.head_mode = HeadMode.LOGPROB
+        self.rope_scaling_factor = kwargs.get("rope_scaling_factor")
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.cp_group = None  # angles are gathered by position, so every rank keeps the whole table
 
