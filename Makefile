@@ -13,7 +13,7 @@ DEVICE ?= auto
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
-EXTRAS := dev,demo,fast,parquet
+EXTRAS := dev,demo,fast,parquet,hf
 
 .PHONY: demo smoke test lint bench setup clean
 .DEFAULT_GOAL := setup
