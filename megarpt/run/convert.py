@@ -314,8 +314,8 @@ def _require_tied(weights: HuggingFaceWeights) -> None:
     embedding = next(each for each in ("model.embed_tokens.weight", "transformer.wte.weight") if each in weights.shapes)
     if not torch.equal(weights.read(name), weights.read(embedding)):
         raise CheckpointError(
-            f"{weights.folder}: tie_word_embeddings is true, but {name} differs from {embedding}; if the model has an output layer "
-            "of its own, set it to false in config.json"
+            f"{weights.folder}: tie_word_embeddings is true, but {name} differs from {embedding}; if the model has an output "
+            "layer of its own, set it to false in config.json"
         )
 
 

@@ -81,8 +81,8 @@ class HuggingFaceWeights:
         kinds = {self._stored[name].dtype: name for name in names}
         if None in kinds:
             raise CheckpointError(
-                f"{self.folder}: {kinds[None]} is neither fp32, bf16 nor fp16: quantized weights cannot be converted; take those "
-                "they were made from"
+                f"{self.folder}: {kinds[None]} is neither fp32, bf16 nor fp16: quantized weights cannot be converted; take "
+                "those they were made from"
             )
         return torch.bfloat16 if set(kinds) == {torch.bfloat16} else torch.float32
 
