@@ -78,6 +78,7 @@ _ASIDE = frozenset(
     output_attentions output_hidden_states return_dict output_past chunk_size_feed_forward is_encoder_decoder
     summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj id2label label2id
     problem_type finetuning_task prefix n_ctx gradient_checkpointing _attn_implementation _attn_implementation_autoset
+    is_llama_config transformers.js_config
     """.split()  # n_ctx repeats n_positions
 )
 
@@ -161,6 +162,8 @@ def read_settings(config: Mapping[str, Any], *, ignored: Collection[str] = ()) -
 def _read_rotary(keys: _Keys, family: Family) -> Architecture:
     """Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary angles, a gated feed-forward."""
     hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    for name in ("use_mrope", "rope_interleaved"):
+        keys.require(name, False, False)
     groups = keys.integer("num_key_value_heads", heads)
     if heads % groups:
         raise _refused("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
