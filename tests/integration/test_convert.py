@@ -79,7 +79,7 @@ Publish = Callable[..., Path]
 
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    """Makes folders as Hugging Face publishes them: a model whose every number is random, and a tokenizer of 257 entries."""
+    """Makes folders as Hugging Face publishes them: a model whose every number is random, and a tokenizer of 259 entries."""
 
     def make(name: str = "llama", *, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB") -> Path:
         torch.manual_seed(len(name))
@@ -237,8 +237,8 @@ def test_a_run_begins_from_imported_weights_and_can_be_published(
     )
     assert pretrain.run(cfg, cpu_runtime) == 0
     lines = [json.loads(line) for line in (Path(cfg.run.dir) / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["kind"] == "eval")
-    assert first["step"] == 0 and first["eval/held/loss_nats"] == pytest.approx(loss, abs=1e-5)
+    first = next(line for line in lines if "valid/held/loss_nats" in line)
+    assert first["step"] == 0 and first["valid/held/loss_nats"] == pytest.approx(loss, abs=1e-5)
     assert sum(line["kind"] == "train" for line in lines) == 2
     convert.export_model(cfg.run.dir, tmp_path / "published")
     before, after = stored(tmp_path / "hf-llama"), stored(tmp_path / "published")
@@ -269,16 +269,16 @@ def test_imported_weights_go_wherever_a_checkpoint_goes(
 
 def test_rows_that_the_tokenizer_does_not_use_can_be_left_out(publish: Publish, cpu_runtime: Runtime, tmp_path: Path) -> None:
     folder = publish("qwen2-tied")
-    convert.import_model(folder, tmp_path / "small", cpu_runtime, vocab_size=257)
-    assert read_config(tmp_path / "small").model.vocab_size == 257
-    tokens = sample() % 257
-    expected = their_logits(folder, tokens)[..., :257]
+    convert.import_model(folder, tmp_path / "small", cpu_runtime, vocab_size=259)
+    assert read_config(tmp_path / "small").model.vocab_size == 259
+    tokens = sample() % 259
+    expected = their_logits(folder, tokens)[..., :259]
     layout = ParallelLayout()
     ours = our_logits(tmp_path / "small", cpu_runtime, tokens)
-    assert (ours[..., :257] - expected).abs().max() < 1e-5 and not ours[..., 257:].any() and layout.tp == 1
+    assert (ours[..., :259] - expected).abs().max() < 1e-5 and not ours[..., 259:].any() and layout.tp == 1
     convert.export_model(str(tmp_path / "small"), tmp_path / "back")
-    assert stored(tmp_path / "back")["model.embed_tokens.weight"].shape == (257, 64)
-    for wrong, message in ((302, "at most 301"), (256, r"257 entries and the model 256 rows \(--vocab-size\)")):
+    assert stored(tmp_path / "back")["model.embed_tokens.weight"].shape == (259, 64)
+    for wrong, message in ((302, "at most 301"), (258, r"259 entries and the model 258 rows \(--vocab-size\)")):
         with pytest.raises(ConfigError, match=message):
             convert.import_model(folder, tmp_path / "no", cpu_runtime, vocab_size=wrong)
 
@@ -328,7 +328,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer, expected tokenizer.json or tokenizer.model"),
     "small vocabulary": (
         lambda f: configure(f, vocab_size=200),
-        r"257 entries and the model 200 rows \(vocab_size in config.json",
+        r"259 entries and the model 200 rows \(vocab_size in config.json",
     ),
 }
 
