@@ -176,7 +176,8 @@ def export_model(
     planned = moves(architecture, _shapes(network))
     shapes = {name: shape for move in planned for name, shape in move.theirs.items()}
     stored = stored_tensors(source / MODEL)
-    dtype = dtype or next(iter({kind for kind, _ in stored.values()}))
+    kinds = {kind for kind, _ in stored.values()}
+    dtype = dtype or (kinds.pop() if len(kinds) == 1 else torch.float32)
     num_bytes = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
     require_free_bytes(output, num_bytes)
     keys = {name: entry.key for name, entry in sharded_weights([network])["model0"].items()}
