@@ -204,7 +204,9 @@ class Verdict:
 
 @torch.no_grad()
 def verify(folder: Path, checkpoint: str, runtime: Runtime, *, num_sequences: int, num_tokens: int, seed: int) -> Verdict:
-    """Compare the logits of both sides on random tokens, in fp32; one model is in memory at a time.
+    """Compare the logits of both sides on random tokens, in fp32.
+
+    Cost: memory of about ten bytes per parameter.
 
     Raises:
         ExtensionError: transformers is not installed.
