@@ -167,7 +167,7 @@ def _read_rotary(keys: _Keys, family: Family) -> Architecture:
     groups = keys.integer("num_key_value_heads", heads)
     if heads % groups:
         raise _refused("num_key_value_heads", groups, f"a divisor of num_attention_heads {heads}")
-    if "head_dim" not in keys.config and hidden % heads:
+    if keys.get("head_dim") is None and hidden % heads:
         raise _refused("hidden_size", hidden, f"a multiple of num_attention_heads {heads}, or a head_dim")
     positions, notes = _positions(keys, family)
     # megatron-core has biases of all matrices, or of queries, keys and values; not of the attention's alone.

@@ -29,7 +29,7 @@ from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, ConfigError, ExtensionError
 from megarpt.model import build
-from megarpt.model.convert_hf import VOCABULARY, Move, misfits, moves
+from megarpt.model.convert_hf import VOCABULARY, Move, is_constant, misfits, moves
 from megarpt.model.token_stats_gpt import TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.run import hf_folder
@@ -98,21 +98,12 @@ def import_model(
     with HuggingFaceWeights(source) as weights:
         if "wte.weight" in weights.shapes:  # GPT-2 was published without the prefix that its class writes
             weights.rename(lambda name: name if name == "lm_head.weight" else f"transformer.{name}")
-        cfg = _imported_config(architecture, output, file, seq_length, precision="fp32")
-        parameters = _shapes(_empty_network(cfg, layout, groups, architecture.vocab_size))
-        planned = moves(architecture, parameters)
-        tied = bool(architecture.gpt["share_embeddings_and_output_weights"])
-        problems = misfits(planned, weights.shapes, tied=tied)
-        if problems:
-            raise CheckpointError("\n  ".join([f"{source} does not hold the model that its config.json describes:", *problems]))
-        if tied:
-            _require_tied(weights)
-        dtype = weights.dtype(name for move in planned for name in move.theirs)
+        dtype = weights.dtype(name for name in weights.shapes if not is_constant(name))
         precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        cfg = _imported_config(architecture, output, file, seq_length, precision=precision)
+        cfg = _imported_config(architecture, output, file, seq_length, precision)
         network = _empty_network(cfg, layout, groups, architecture.vocab_size)
-        sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in network.named_parameters()}
-        num_bytes = sum(sizes.values())
+        planned = _checked_plan(architecture, network, weights)
+        num_bytes = sum(parameter.numel() for parameter in network.parameters()) * dtype.itemsize
         require_free_bytes(output, 2 * num_bytes)
         with _whole_or_absent(output, num_bytes) as temporary:
             _fill(network, planned, weights, architecture, temporary / "scratch")
@@ -121,7 +112,6 @@ def import_model(
             (temporary / CONFIG).write_text(dump_resolved(cfg), encoding="utf-8")
             keep_tokenizer(temporary, str(file))
             hf_folder.copy_companions(file.parent, temporary)
-            fsync_directory(temporary / MODEL)
             origin = {"family": architecture.family, "config.json": describe_file(source / hf_folder.CONFIG)["sha256"]}
             Manifest(
                 step=0,
@@ -173,7 +163,7 @@ def export_model(
     layout, groups = _one_rank()
     one_rank = cfg.model_copy(update={"parallel": ParallelConfig()})
     network = _empty_network(one_rank, layout, groups, architecture.vocab_size)
-    planned = moves(architecture, _shapes(network))
+    planned = _plan(architecture, network)
     shapes = {name: shape for move in planned for name, shape in move.theirs.items()}
     stored = stored_tensors(source / MODEL)
     kinds = {kind for kind, _ in stored.values()}
@@ -277,7 +267,7 @@ def _with_vocabulary(architecture: Architecture, vocab_size: int | None, tokeniz
 
 
 def _imported_config(
-    architecture: Architecture, output: Path, tokenizer: Path, seq_length: int | None, *, precision: str
+    architecture: Architecture, output: Path, tokenizer: Path, seq_length: int | None, precision: str
 ) -> PretrainConfig:
     """The configuration of a run that was never made here: what the model is, and what its commands ask for."""
     length = seq_length or min(architecture.max_sequence_length, _MAX_WINDOW)
@@ -305,21 +295,26 @@ def _empty_network(cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessG
     return network.to(config.params_dtype)
 
 
-def _shapes(network: TokenStatsGPT) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-
-
-def _require_tied(weights: HuggingFaceWeights) -> None:
-    """Some files hold the output layer although it is the embedding; then it must be."""
-    name = "lm_head.weight"
-    if name not in weights.shapes:
-        return
-    embedding = next(each for each in ("model.embed_tokens.weight", "transformer.wte.weight") if each in weights.shapes)
-    if not torch.equal(weights.read(name), weights.read(embedding)):
+def _checked_plan(architecture: Architecture, network: TokenStatsGPT, weights: HuggingFaceWeights) -> list[Move]:
+    """Where every parameter comes from, when all of them are there and nothing else is."""
+    planned = _plan(architecture, network)
+    tied = bool(architecture.gpt["share_embeddings_and_output_weights"])
+    problems = misfits(planned, weights.shapes, tied=tied)
+    head, embedding = "lm_head.weight", next(iter(planned[0].theirs))
+    if not problems and tied and head in weights.shapes and not torch.equal(weights.read(head), weights.read(embedding)):
+        problems = [
+            f"{head}: differs from {embedding}, although tie_word_embeddings is true; if the model has an output layer of its "
+            "own, set it to false in config.json"
+        ]
+    if problems:
         raise CheckpointError(
-            f"{weights.folder}: tie_word_embeddings is true, but {name} differs from {embedding}; if the model has an output "
-            "layer of its own, set it to false in config.json"
+            "\n  ".join([f"{weights.folder} does not hold the model that its config.json describes:", *problems])
         )
+    return planned
+
+
+def _plan(architecture: Architecture, network: TokenStatsGPT) -> list[Move]:
+    return moves(architecture, {name: tuple(parameter.shape) for name, parameter in network.named_parameters()})
 
 
 def _fill(
@@ -351,6 +346,7 @@ def _write_model(network: TokenStatsGPT, groups: ProcessGroups, folder: Path) ->
     part = Distribution(groups.dp_cp).part(sharded_weights([network]))
     part.freeze(None)
     complete(folder, [part.write(folder, 0)])
+    fsync_directory(folder)
 
 
 def _stored_parameter(

@@ -94,7 +94,7 @@ class HuggingFaceWeights:
         """
         stored = self._stored[name]
         tensor: Tensor = stored.file.get_tensor(stored.name)
-        if not all(bool(torch.isfinite(edge)) for edge in tensor.aminmax()):  # NaN spreads into both, and nothing is copied
+        if not _is_finite(tensor):
             raise CheckpointError(f"{self.folder}: {name} holds NaN or infinity: the file is damaged, or the training failed")
         return tensor
 
@@ -128,6 +128,9 @@ def write_weights(
         max_bytes: of a file.
 
     Cost: memory of one file.
+
+    Raises:
+        CheckpointError: a tensor holds what is no number, in this type.
     """
     shards: list[list[str]] = [[]]
     size = 0
@@ -148,6 +151,11 @@ def write_weights(
             content |= next(source)
         # Each in memory of its own: the library refuses tensors that are parts of another.
         shard = {name: content.pop(name).to(dtype).clone(memory_format=torch.contiguous_format) for name in names}
+        for name, tensor in shard.items():
+            if not _is_finite(tensor):
+                raise CheckpointError(
+                    f"{name} holds NaN, infinity, or numbers beyond {dtype}; choose fp32 or bf16, or other weights"
+                )
         _library().torch.save_file(shard, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(_num_bytes(shape, dtype) for shape in shapes.values())
@@ -211,6 +219,10 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
     old = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))), None)
     hint = f"; {old} is a pickle, which may run code: have transformers write it anew with save_pretrained" if old else ""
     raise CheckpointError(f"{folder}: no weights, expected {_ONE_FILE}, or {_INDEX} with the files it names{hint}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(torch.isfinite(edge)) for edge in tensor.aminmax())  # NaN spreads into both, and nothing is copied
 
 
 def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -168,6 +168,11 @@ def test_bf16_and_fp16_lose_nothing(publish: Publish, cpu_runtime: Runtime, tmp_
     assert read_config(tmp_path / "fp16").train.precision == "fp32"
     convert.export_model(str(tmp_path / "fp16"), tmp_path / "fp16-back", dtype=torch.float16)
     assert_equal_tensors(stored(other), stored(tmp_path / "fp16-back"))
+    edit(half, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    convert.import_model(half, tmp_path / "large", cpu_runtime)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds .*beyond torch\.float16"):
+        convert.export_model(str(tmp_path / "large"), tmp_path / "fp16-large", dtype=torch.float16)
+    assert not list(tmp_path.glob("*fp16-large*"))
 
 
 def test_weights_in_several_files(publish: Publish, cpu_runtime: Runtime, tmp_path: Path) -> None:
@@ -317,7 +322,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit(f, lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)})),
         "model.norm.weight is neither",
     ),
-    "not tied": (lambda f: configure(f, tie_word_embeddings=True), "tie_word_embeddings is true, but lm_head.weight differs"),
+    "not tied": (lambda f: configure(f, tie_word_embeddings=True), "lm_head.weight: differs from model.embed_tokens.weight"),
     "truncated file": (cut, r"model.safetensors is damaged"),
     "missing file": (forget_one, "disagree about lm_head.weight|model-00002-of-00002.safetensors is missing"),
     "no weights": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pytorch_model.bin is a pickle"),
