@@ -6,7 +6,7 @@
     python tools/convert_checkpoint.py verify --hf TinyLlama-1.1B --checkpoint models/tinyllama-1.1b
 
 What `import` makes is taken by model.init_from, objective.reference.checkpoint, `megarpt score`, `evaluate` and `generate`.
-Needs the extra hf: pip install 'megarpt[hf]'. See docs/convert.md.
+Needs the extra hf: pip install -e '.[hf]'. See docs/convert.md.
 """
 
 from __future__ import annotations

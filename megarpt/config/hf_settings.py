@@ -226,11 +226,17 @@ def _positions(keys: _Keys, family: Family) -> tuple[int, tuple[str, ...]]:
 def _rotary_angles(keys: _Keys) -> dict[str, Any]:
     """Base and scaling, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) write them."""
     where = "rope_parameters" if keys.get("rope_parameters") else "rope_scaling"
-    scaling = dict(keys.get("rope_scaling", {})) | dict(keys.get("rope_parameters", {}))
-    base = scaling.pop("rope_theta", None) or keys.number("rope_theta", 10_000)
-    keys.get("rope_theta")
-    kinds = {scaling.pop(name) for name in ("rope_type", "type") if name in scaling} or {"default"}
-    kind = next(iter(kinds)) if len(kinds) == 1 else kinds
+    blocks = [keys.get(name, {}) for name in ("rope_scaling", "rope_parameters")]
+    for name, block in zip(("rope_scaling", "rope_parameters"), blocks, strict=True):
+        if not isinstance(block, Mapping):
+            raise _refused(name, block, "an object")
+    scaling = {**blocks[0], **blocks[1]}
+    base = keys.number("rope_theta", 10_000)
+    if "rope_theta" in scaling:
+        base = _Keys(scaling).number("rope_theta")
+        del scaling["rope_theta"]
+    old_kind = scaling.pop("type", "default")  # of transformers before 4.43; some files have both
+    kind = scaling.pop("rope_type", old_kind)
     angles: dict[str, Any] = {"rotary_base": base, "rope_scaling_factor": None, "seq_len_interpolation_factor": None}
     if kind == "linear":
         angles["seq_len_interpolation_factor"] = _factor(scaling.pop("factor", None), where)

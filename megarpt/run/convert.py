@@ -205,7 +205,7 @@ def verify(folder: Path, checkpoint: str, runtime: Runtime, *, num_sequences: in
     try:
         import transformers
     except ImportError as error:
-        raise ExtensionError("verify computes with transformers, which is not installed: pip install 'megarpt[hf]'") from error
+        raise ExtensionError("verify computes with transformers, which is not installed: pip install -e '.[hf]'") from error
     layout, groups = _one_rank()
     ours = load_pretrained(checkpoint, runtime, layout, groups, ParallelConfig())
     vocab, longest = ours.network.valid_vocab_size, ours.network.max_sequence_length

@@ -66,6 +66,7 @@ _LIBRARIES = (
     _Library("orjson", "orjson", "orjson", "reads jsonl corpora", _INSTALL, needed=True),
     _Library("zstandard", "zstandard", "zstandard", "reads .zst corpora", _INSTALL, needed=True),
     _Library("pyarrow", "pyarrow.parquet", "pyarrow", "reads .parquet corpora", "pip install -e .[parquet]"),
+    _Library("safetensors", "safetensors.torch", "safetensors", "tools/convert_checkpoint.py", "pip install -e .[hf]"),
     _Library(
         "tensorboard", "torch.utils.tensorboard", "tensorboard", "curves, histograms, samples of a run", _INSTALL, needed=True
     ),

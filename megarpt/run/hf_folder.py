@@ -233,5 +233,5 @@ def _library() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ExtensionError("converting needs the library safetensors: pip install 'megarpt[hf]'") from error
+        raise ExtensionError("converting needs the library safetensors: pip install -e '.[hf]'") from error
     return safetensors

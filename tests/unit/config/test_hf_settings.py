@@ -204,6 +204,8 @@ def test_a_sliding_window_bounds_the_samples_and_is_said() -> None:
             LLAMA_3_1 | {"rope_scaling": LLAMA_3_1["rope_scaling"] | {"low_freq_factor": 2.0}},
             "rope_scaling.low_freq_factor: got 2.0, expected 1, which megatron-core has built in",
         ),
+        (TINYLLAMA | {"rope_scaling": "linear"}, "rope_scaling: got 'linear', expected an object"),
+        (TINYLLAMA | {"rope_parameters": {"rope_theta": "big"}}, "rope_theta: got 'big', expected a number above 0"),
         (TINYLLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
         (QWEN2_5 | {"use_mrope": True}, "use_mrope: got True, expected False"),
         (MISTRAL | {"sliding_window": "wide"}, "sliding_window: got 'wide'"),

@@ -58,6 +58,7 @@ def fake_torch(*, cuda=None, gpu=False, gloo=True, nccl=False, product_fails=Fal
 OPTIONAL = {
     "gigatoken",
     "pyarrow.parquet",
+    "safetensors.torch",
     "wandb",
     "transformer_engine.pytorch",
     "apex.optimizers",
