@@ -185,7 +185,9 @@ class TrainConfig(Section):
     """Stop (exit code 76) after this many skipped steps in a row: not finite, or spikes that stability.on_spike skips. Each is
     skipped on every rank and its batch dumped."""
     head_chunk_tokens: NonNegative = 0
-    """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
+    """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
+    head_keep_mib: NonNegative = 128
+    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none."""
 
 
 class ParallelConfig(Section):

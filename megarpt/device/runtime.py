@@ -154,3 +154,8 @@ def _keep_freed_memory() -> None:
     libc.mallopt(m_mmap_max, 0)
     libc.mallopt(m_trim_threshold, -1)
     libc.mallopt(m_top_pad, 64 << 20)
+
+
+def current_stream_address(device: torch.device) -> int:
+    """The stream on which work for this device is queued, as CUDA knows it; 0 for the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

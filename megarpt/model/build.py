@@ -150,6 +150,7 @@ def build_network(
         vp_stage=vp_stage,
         valid_vocab_size=valid,
         head_chunk_tokens=cfg.train.head_chunk_tokens,
+        head_keep_bytes=cfg.train.head_keep_mib * 2**20,
         **preset.gpt_arguments(cfg.model.gpt.model_dump()),
     )
 

@@ -1,0 +1,48 @@
+// The module megarpt._C: one register function for each folder of csrc/.
+#include <pybind11/pybind11.h>
+
+#include "common/tensor.hpp"
+#include "linear_logprob/api.hpp"
+
+namespace py = pybind11;
+
+namespace megarpt {
+
+void register_common(py::module_& m) {
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16)
+      .value("float64", DType::kFloat64)
+      .value("int64", DType::kInt64)
+      .value("bool", DType::kBool)
+      .value("int32", DType::kInt32);
+  py::class_<Place>(m, "Place").def(py::init<bool, std::uintptr_t>());
+  py::class_<Matrix>(m, "Matrix").def(py::init<std::uintptr_t, int64_t, int64_t, int64_t, DType>());
+  py::class_<Vector>(m, "Vector").def(py::init<>()).def(py::init<std::uintptr_t, int64_t, DType>());
+}
+
+void register_linear_logprob(py::module_& m) {
+  using namespace linear_logprob;
+  py::class_<RowState>(m, "RowState").def(py::init<Vector, Vector, Vector, Vector, Vector>());
+  py::class_<RowGradient>(m, "RowGradient").def(py::init<Vector, Vector, Vector, Vector, Vector, Vector, Vector, Vector>());
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("add_tile", &add_tile, unlocked);
+  m.def("write_gradient", &write_gradient, unlocked);
+  m.def("add_transposed", &add_transposed, unlocked);
+}
+
+}  // namespace megarpt
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of megarpt; called through megarpt.ops alone.";
+#ifdef MEGARPT_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.attr("instruction_set") = megarpt::linear_logprob::instruction_set();
+  megarpt::register_common(m);
+  auto linear_logprob = m.def_submodule("linear_logprob");
+  megarpt::register_linear_logprob(linear_logprob);
+}
