@@ -144,17 +144,12 @@ def require_matplotlib() -> None:
 
 def own_corpus(source: Path) -> str:
     """The held-out corpus of the run that a checkpoint is of."""
+    from megarpt.run.pretrained import only_held_out
     from megarpt.train.checkpoint_files import read_config
 
     if not source.is_dir():
         raise ConfigError("--corpus: a sidecar does not say where its corpus lies; name its prefix")
-    valid = read_config(source).data.valid
-    if len(valid) != 1:
-        raise ConfigError(
-            f"--corpus: the run has {len(valid)} held-out corpora ({', '.join(valid) or 'none'}), expected exactly one to take "
-            "by itself; name the prefix of one"
-        )
-    return next(iter(valid.values())).path
+    return only_held_out(read_config(source)).path
 
 
 def own_folder(sources: Sequence[str]) -> Path:
