@@ -54,7 +54,9 @@ def run(args: argparse.Namespace, started: Runtime) -> None:
     from megarpt.run.selection import SelectionOptions, select_tokens
     from megarpt.run.selection_page import write_page
 
-    texts = [(text[:TITLE_CHARACTERS], text) for text in args.text] + [(path.name, read_text(path)) for path in args.file]
+    texts = [(" ".join(text.split())[:TITLE_CHARACTERS], text) for text in args.text] + [
+        (path.name, read_text(path)) for path in args.file
+    ]
     options = SelectionOptions(
         student=args.student,
         reference=args.reference,
@@ -140,7 +142,7 @@ def show(selection: Selection, written: Sequence[Path], console: Console) -> Non
             values = [value for token in document.tokens if (value := getattr(token, name)) is not None]
             means.append(f"{sum(values) / len(values):.3f}" if values else "-")
         kept = "-" if share is None else f"{100 * share:.1f}%"
-        table.add_row(document.title.replace("\n", " "), f"{len(document.tokens):,}", kept, *means)
+        table.add_row(document.title, f"{len(document.tokens):,}", kept, *means)
     console.print(table)
     console.print(f"{selection.num_kept:,} of {selection.num_competing:,} competing tokens are kept; losses are mean nats")
     console.print(f"written: {', '.join(map(str, written))}", soft_wrap=True)

@@ -232,6 +232,8 @@ def _about(token: ShownToken, selection: Selection, marks: Mapping[str, str]) ->
         numbers.append(("score", token.score, "+.4g"))
     parts = [f"{name} {format(value, spec)}" for name, value, spec in numbers if value is not None]
     rank = "no rank: its score is not a number" if token.score is None else f"rank {token.rank:,}"
+    if token.score is not None and selection.scope == "global_batch":
+        rank += f" of {selection.num_competing:,}"
     return "\n".join([first, "   ".join([*parts, rank])])
 
 
@@ -296,7 +298,7 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; ma
 dt {{ color: var(--faint); }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.9 ui-monospace, monospace; margin: 0; tab-size: 4; }}
 .legend {{ font: 13px/2 ui-monospace, monospace; margin: 0 0 .2rem; }} .legend .t {{ padding: .1rem .5rem; }}
-.t {{ border-bottom: 2px solid transparent; }}
+.t {{ border-bottom: 2px solid transparent; border-radius: 2px; margin-right: 1px; }}
 .k {{ border-bottom-color: var(--bar); font-weight: 650; }}
 .u {{ color: var(--faint); outline: 1px dashed var(--faint); outline-offset: -1px; }}
 .m {{ text-decoration: underline wavy #d97706 1px; text-underline-offset: 2px; }}
