@@ -74,8 +74,9 @@ def run(args: argparse.Namespace, started: Runtime) -> None:
     selection = select_tokens(options, started)
     if args.json:
         selection.write_json(args.json)
-    write_page(args.output, selection)
-    show(selection, [args.output, *([args.json] if args.json else [])], Console(highlight=False))
+    if args.output:
+        write_page(args.output, selection)
+    show(selection, [path for path in (args.output, args.json) if path], Console(highlight=False))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -95,12 +96,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=non_negative, default=1 << 16, metavar="N", help="of the corpus that compete too (default: 65536)"
     )
-    parser.add_argument("--output", type=Path, default=Path("selection.html"), metavar="FILE", help="default: selection.html")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the page (default: selection.html, or none with --json)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every shown token with its numbers")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes CUDA when it is usable")
     args = parser.parse_args(argv)
     if args.documents is not None and (args.text or args.file):
         parser.error("--documents: got together with --text or --file, expected one or the other to be shown")
+    if args.output is None and args.json is None:
+        args.output = Path("selection.html")
     return args
 
 

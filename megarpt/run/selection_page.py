@@ -10,8 +10,8 @@ import codecs
 import html
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -272,13 +272,6 @@ def _round_up(value: float) -> float:
 def _escape(text: str) -> str:
     """Safe between tags and in attributes; invisible characters cannot reach the page."""
     return html.escape("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text), quote=True)
-
-
-def marked(document: ShownDocument, marks: Sequence[str]) -> ShownDocument:
-    """The document with a mark on each token, "" for none."""
-    return replace(
-        document, tokens=tuple(replace(token, mark=mark) for token, mark in zip(document.tokens, marks, strict=True))
-    )
 
 
 _PAGE = """<!doctype html>

@@ -17,7 +17,6 @@ from megarpt.run.selection_page import (
     Selection,
     ShownDocument,
     ShownToken,
-    marked,
     render,
     token_texts,
     write_page,
@@ -145,7 +144,7 @@ def test_bytes_of_a_character_are_shown_until_it_is_complete() -> None:
 
 
 def test_marks_and_shares() -> None:
-    document = marked(ShownDocument("d", (KEPT, DROPPED)), ["noise", ""])
+    document = ShownDocument("d", (replace(KEPT, mark="noise"), DROPPED))
     page = render(
         selection(documents=(document,)), title="T", marks={"noise": "put in"}, shares={"clean <text>": 0.75, "none": 0.0}
     )
