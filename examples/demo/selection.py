@@ -125,7 +125,7 @@ def excerpt(page: Page, characters: int) -> list[Token]:
 
 
 def html_page(selection: Selection, pages: list[Page], shares: dict[str, float | None], limit: int = 12) -> str:
-    """The page of `tools/show_selection.py`: some documents of each kind, injected noise marked, and the shares of the kinds."""
+    """The page of `tools/show_selection.py`: some documents of each kind, injected noise marked, and shares by kind."""
     clean = [page for page in pages if page.kind == "clean"][: limit - 4]
     others = [page for kind in ("code", "noise") for page in [p for p in pages if p.kind == kind][:2]]
     documents = tuple(
