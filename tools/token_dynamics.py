@@ -36,6 +36,7 @@ from megarpt.corpus.console import ToolParser, non_negative, positive, run_tool
 from megarpt.corpus.indexed import CorpusIndex, bin_path
 from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 from megarpt.errors import ConfigError, DataError, ExtensionError
+from megarpt.log import setup_logging
 
 if TYPE_CHECKING:
     from megarpt.device.runtime import Runtime
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megarpt.device import runtime
 
     started = runtime.start(args.device)
+    setup_logging(rank=started.rank, world_size=started.world_size)  # the other ranks are silent
     run(args, started)
     started.close()
 
@@ -325,7 +327,7 @@ def show(result: dict[str, Any], written: Sequence[Path], console: Console) -> N
         curve = [_nats(each["mean_loss_nats"][i]) for each in result["classes"].values()]
         over_time.add_row(checkpoint["name"], f"{checkpoint['x']:,.0f}", *curve, _nats(result["mean_loss_nats"][i]))
     console.print(over_time)
-    for name, chosen in result["examples"].items():
+    for name, chosen in ((name, chosen) for name, chosen in result["examples"].items() if chosen):
         console.print(Text(f"\n{name}  {result['classes'][name]['meaning']}", style="bold"))
         for example in chosen:
             console.print(_example(example), soft_wrap=True)
