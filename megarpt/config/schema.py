@@ -12,6 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
+def _bare_prefix(value: object) -> object:
+    """A held-out corpus without sidecars is written as its prefix alone."""
+    if not isinstance(value, str | dict | BaseModel):
+        raise ValueError("expected a prefix, or a section with the keys path and streams")
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _whole(value: object) -> object:
     """Token counts are written as 3e8 by people; anything else that is not an integer stays an error."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -92,6 +99,15 @@ class CorpusSource(Section):
     """Per-token sidecars: stream name -> prefix, for example `ref_nll: data/mix_ref_nll`."""
 
 
+class HeldOutCorpus(Section):
+    """One held-out corpus."""
+
+    path: Text
+    """Prefix of the `.bin`, `.idx` and `.json` files."""
+    streams: dict[str, Text] = Field(default_factory=dict)
+    """Per-token sidecars, as in data.train; with them held-out loss is split into kept-like and dropped-like tokens."""
+
+
 class DataConfig(Section):
     """What is read."""
 
@@ -99,8 +115,9 @@ class DataConfig(Section):
     """A sentencepiece `.model`, a Hugging Face `tokenizer.json`, or `bytes`."""
     train: list[CorpusSource] = Field(min_length=1)
     """The training blend."""
-    valid: dict[str, Text] = Field(default_factory=dict)
-    """Held-out corpora: name -> prefix. Each is evaluated on all of its tokens unless evaluation.max_tokens is set."""
+    valid: dict[str, Annotated[HeldOutCorpus, BeforeValidator(_bare_prefix)]] = Field(default_factory=dict)
+    """Held-out corpora: name -> prefix, or name -> `{path: prefix, streams: {ref_nll: sidecar}}`. Each is evaluated on all of
+    its tokens unless evaluation.max_tokens is set; a sidecar is what evaluation.split_fraction needs."""
     seq_length: Positive = 1024
     """Tokens per sample."""
     separate_documents: bool = True
@@ -226,6 +243,9 @@ class EvaluationConfig(Section):
     """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
     """Samples per evaluation forward pass; null takes batch.micro_batch_size."""
+    split_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Report also the loss of the held-out tokens that selection would keep at this fraction, and of those it would drop, for
+    corpora with a known reference loss. null takes objective.fraction; a run that selects nothing then reports none."""
 
 
 class CheckpointConfig(Section):

@@ -86,6 +86,18 @@ def model_fields(cfg: PretrainConfig) -> Mapping[str, Any]:
     return {**(preset.transformer if preset else {}), **cfg.model.mcore}
 
 
+def split_rule(cfg: PretrainConfig) -> tuple[str, float] | None:
+    """By which scorer, and at which fraction, evaluation tells kept-like from dropped-like tokens; None when it does not.
+
+    A baseline that trains on all tokens, or on some chosen without a reference, is split as the run it is compared with is.
+    """
+    objective = cfg.objective
+    fraction = objective.fraction if cfg.evaluation.split_fraction is None else cfg.evaluation.split_fraction
+    if fraction == 1.0:
+        return None
+    return (objective.scorer if objective.scorer in STREAM_OF_SCORER else "excess_loss"), fraction
+
+
 def preset_exists(cfg: PretrainConfig) -> str | None:
     if cfg.model.preset in PRESETS:
         return None
@@ -228,13 +240,41 @@ def reference_losses_have_one_origin(cfg: PretrainConfig) -> str | None:
 
 def streams_are_known(cfg: PretrainConfig) -> str | None:
     known = get_args(Stream)
-    for index, source in enumerate(cfg.data.train):
-        for name in source.streams:
+    sources = {f"data.train.{index}": source.streams for index, source in enumerate(cfg.data.train)}
+    for where, streams in (sources | {f"data.valid.{name}": each.streams for name, each in cfg.data.valid.items()}).items():
+        for name in streams:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-                return f"data.train.{index}.streams.{name}: unknown stream; {hint}"
+                return f"{where}.streams.{name}: unknown stream; {hint}"
     return None
+
+
+def held_out_streams_are_read(cfg: PretrainConfig) -> str | None:
+    rule = split_rule(cfg)
+    for name, corpus in cfg.data.valid.items():
+        for stream in corpus.streams:
+            key = f"data.valid.{name}.streams.{stream}"
+            if rule is None:
+                return f"{key}: nothing reads it, as this run selects no tokens; set evaluation.split_fraction or remove it"
+            if stream != STREAM_OF_SCORER[rule[0]]:
+                return f"{key}: held-out tokens are ranked by {rule[0]}, which reads {STREAM_OF_SCORER[rule[0]]}; remove it"
+            if cfg.objective.reference is not None:
+                return f"{key}: given together with objective.reference, so one of them has no effect; keep one"
+    return None
+
+
+def split_has_a_reference(cfg: PretrainConfig) -> str | None:
+    fraction, rule = cfg.evaluation.split_fraction, split_rule(cfg)
+    if fraction is None or rule is None or cfg.objective.reference is not None:
+        return None
+    stream = STREAM_OF_SCORER[rule[0]]
+    if any(stream in corpus.streams for corpus in cfg.data.valid.values()):
+        return None
+    return (
+        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {stream} to rank tokens by; "
+        f"write it with `megarpt score` and name it: data.valid.NAME={{path: PREFIX, streams: {{{stream}: SIDECAR}}}}"
+    )
 
 
 def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
@@ -249,7 +289,7 @@ def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
 def evaluation_has_corpora(cfg: PretrainConfig) -> str | None:
     if cfg.data.valid:
         return None
-    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None)):
+    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None), ("split_fraction", None)):
         got = getattr(cfg.evaluation, name)
         if got != unset:
             return f"evaluation.{name}: got {got}, but data.valid names no corpus to evaluate"
@@ -460,6 +500,8 @@ RULES: tuple[Rule, ...] = (
     streams_are_known,
     held_out_names_are_plain,
     evaluation_has_corpora,
+    held_out_streams_are_read,
+    split_has_a_reference,
     kept_checkpoints_are_saved,
     *LAYOUT_RULES,
     profiled_steps_are_trained,

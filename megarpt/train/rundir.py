@@ -5,6 +5,7 @@
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
     verified.json      which data files were read and found whole
+    valid_split/       which held-out tokens count as kept-like
     faults/attempt_<n>/   why an attempt failed or hung, written by the ranks concerned
     metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
@@ -183,6 +184,10 @@ class RunDir:
     @property
     def profile_dir(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def split_dir(self) -> Path:
+        return self.path / "valid_split"
 
     def faults_dir(self, attempt: int) -> Path:
         """Of one attempt; the first is 0, as `restarts` counts them."""

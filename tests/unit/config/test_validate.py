@@ -6,6 +6,7 @@ from megarpt.errors import ConfigError
 
 STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref"}}]}
 RHO1 = {"objective.scorer": "excess_loss", "objective.weighting": "top_fraction", "objective.fraction": 0.6}
+HELD_OUT = {"data.valid": {"h": {"path": "h", "streams": {"ref_nll": "h_ref"}}}}
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_tokens": 100}
 SPIKES = {"stability.spike_threshold": 6.0}
 REFERENCE = {"objective.reference": {"checkpoint": "runs/ref"}}
@@ -69,6 +70,20 @@ BREAKS = [
     ),
     (validate.reference_losses_have_one_origin, {**RHO1, **STREAMS, **REFERENCE}, "data.train.0.streams.ref_nll"),
     (validate.streams_are_known, {"data.train": [{"path": "a", "streams": {"ref_nnl": "x"}}]}, "data.train.0.streams.ref_nnl"),
+    (validate.streams_are_known, {"data.valid": {"h": {"path": "h", "streams": {"nll": "x"}}}}, "data.valid.h.streams.nll"),
+    (validate.held_out_streams_are_read, HELD_OUT, "data.valid.h.streams.ref_nll"),
+    (
+        validate.held_out_streams_are_read,
+        {**HELD_OUT, "evaluation.split_fraction": 0.5, "objective.scorer": "reference_entropy"},
+        "data.valid.h.streams.ref_nll",
+    ),
+    (validate.held_out_streams_are_read, {**HELD_OUT, **RHO1, **REFERENCE}, "data.valid.h.streams.ref_nll"),
+    (
+        validate.split_has_a_reference,
+        {"data.valid": {"h": "h"}, "evaluation.split_fraction": 0.5},
+        "evaluation.split_fraction",
+    ),
+    (validate.evaluation_has_corpora, {"evaluation.split_fraction": 0.5}, "evaluation.split_fraction"),
     (validate.held_out_names_are_plain, {"data.valid": {"a/b": "x"}}, "data.valid.a/b"),
     (validate.evaluation_has_corpora, {"evaluation.interval_steps": 5}, "evaluation.interval_steps"),
     (validate.evaluation_has_corpora, {"evaluation.max_tokens": 5}, "evaluation.max_tokens"),
@@ -283,3 +298,25 @@ def test_an_impossible_world_is_explained_with_the_whole_product(values, world_s
     found = validate.problems(make(**values), world_size=world_size)
     assert len(found) == 1
     assert all(word in found[0] for word in words), found[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({}, None),
+        (RHO1, ("excess_loss", 0.6)),
+        ({**RHO1, "objective.scorer": "reference_loss"}, ("reference_loss", 0.6)),
+        ({**RHO1, "objective.fraction": 1.0}, None),
+        ({**RHO1, "evaluation.split_fraction": 0.5}, ("excess_loss", 0.5)),
+        ({**RHO1, "objective.scorer": "random"}, ("excess_loss", 0.6)),  # a control is split as what it controls
+        ({"evaluation.split_fraction": 0.5}, ("excess_loss", 0.5)),
+    ],
+)
+def test_held_out_tokens_are_split_by_the_rule_of_the_run(values, rule):
+    assert validate.split_rule(make(**values)) == rule
+
+
+def test_a_held_out_corpus_is_a_prefix_or_a_mapping():
+    valid = make(**{"data.valid": {"a": "x", "b": {"path": "y", "streams": {"ref_nll": "z"}}}}).data.valid
+    assert (valid["a"].path, valid["a"].streams) == ("x", {})
+    assert (valid["b"].path, valid["b"].streams) == ("y", {"ref_nll": "z"})
