@@ -4,6 +4,7 @@
 #   make smoke   a two-minute version of it
 #   make test    all tests
 #   make sanitize  the tests of the ops, with the compiled extension under the address and undefined-behaviour sanitizers
+#   make test-gpu  what only a GPU can show: builds the kernels with nvcc, runs tests/gpu, also under compute-sanitizer
 #   make lint    ruff, mypy, import contracts, spelling, clang-format
 #   make bench   measurements, one script of tools/bench_*.py after another
 #   make setup   only the set-up
@@ -16,7 +17,7 @@ STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
 EXTRAS := dev,demo,fast,parquet,hf
 
-.PHONY: demo smoke test sanitize lint bench setup clean
+.PHONY: demo smoke test test-gpu sanitize lint bench setup clean
 .DEFAULT_GOAL := setup
 
 demo: $(STAMP)
@@ -37,13 +38,22 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(VENV)/bin/pytest tests/unit/ops tests/parity tests/csrc/test_sanitizer.py $(ARGS)
 
+test-gpu: $(STAMP)
+	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	    "make test-gpu: torch " + torch.__version__ + " sees no NVIDIA GPU here. `make test` runs all that needs none.")'
+	MEGARPT_BUILD=cuda $(PY) -m pip install --quiet --progress-bar off --no-deps -e .
+	$(PY) -m pytest tests/gpu $(ARGS)
+	@if command -v compute-sanitizer >/dev/null; then \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(PY) -m pytest tests/gpu/test_kernels.py; \
+	else echo "make test-gpu: compute-sanitizer is not on PATH, memory accesses were not checked" >&2; fi
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/codespell $(wildcard megarpt tools docs examples slurm csrc tests *.md Makefile setup.py)
-	@sources=$$(find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null); \
+	@sources=$$(find csrc tests/csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' 2>/dev/null); \
 	if [ -n "$$sources" ]; then $(VENV)/bin/clang-format --dry-run -Werror $$sources; fi
 
 bench: $(STAMP)

@@ -30,6 +30,7 @@ SIMD = {  # a source's ending -> flags beyond the common ones
 WARNINGS = ["-Wall", "-Wextra"]
 # no errno and no floating-point traps: what vector code cannot have; results are the same
 COMMON = ["-std=c++17", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+CUDA = ["-std=c++17", "-O3", "-DMEGARPT_CUDA", f"-I{CSRC}", "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
@@ -40,6 +41,16 @@ def is_x86() -> bool:
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+
+
+def cuda_sources() -> list[str]:
+    return [str(path) for path in sorted(CSRC.rglob("*.cu"))]
+
+
+def cuda_flags() -> list[str]:
+    """For nvcc; tests/csrc/test_cuda_sources.py compiles with the same."""
+    archs = os.environ.get("MEGARPT_CUDA_ARCHS", "80;90").split(";")
+    return CUDA + [item for arch in archs for item in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
 
 
 def build_mode() -> str:
@@ -88,7 +99,7 @@ class BuildExtension(build_ext):
             nvcc = find_nvcc()
             if nvcc is None:
                 raise RuntimeError("nvcc is neither on PATH nor in CUDA_HOME/bin")
-            objects += [self.compile_cuda(nvcc, str(path)) for path in sorted(CSRC.rglob("*.cu"))]
+            objects += [self.compile_cuda(nvcc, source) for source in cuda_sources()]
             self.mkpath(str(Path(target).parent))
             self.spawn([nvcc, "-shared", "-cudart", "static", "-Xcompiler", "-fopenmp", *objects, "-o", target])
             return
@@ -98,13 +109,10 @@ class BuildExtension(build_ext):
     def compile_cuda(self, nvcc: str, source: str) -> str:
         target = Path(self.build_temp, source).with_suffix(".cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
-        archs = os.environ.get("MEGARPT_CUDA_ARCHS", "80;90").split(";")
-        code = [item for arch in archs for item in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-        host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-        common = ["-std=c++17", "-O3", "-DMEGARPT_CUDA", f"-I{CSRC}"]
-        self.spawn([nvcc, "-c", source, "-o", str(target), *common, *code, *host])
+        self.spawn([nvcc, "-c", source, "-o", str(target), *cuda_flags()])
         return str(target)
 
 
-extensions = [] if build_mode() == "none" else [Extension("megarpt._C", cpp_sources())]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":
+    extensions = [] if build_mode() == "none" else [Extension("megarpt._C", cpp_sources())]
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

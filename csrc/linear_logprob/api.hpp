@@ -25,7 +25,8 @@ struct RowState {
 //
 // logits [n, v]: z before division by the temperature. labels [n] int64: the label's column, negative where it is not here.
 // first_column: of the tile, on the scale of labels and `best`.
-// Reads the tile once from memory. NaN among a row's logits makes its sum NaN.
+// Reads the tile once from memory. NaN or +inf among a row's logits makes its sum NaN; -inf adds nothing, so that a row of
+// nothing else keeps a sum of 0.
 void add_tile(const Matrix& logits, const Vector& labels, int64_t first_column, double inverse_temperature,
               const RowState& state, const Place& place);
 
@@ -42,7 +43,9 @@ struct RowGradient {
 };
 
 // source [m, v]: logits; row i of `out` comes from row rows[i] of it, or from row i when `rows` is not given.
-// out [n, v]: the same type; may be `source` when rows are not given.
+// out [n, v]: the same type, or bfloat16 or float16 for float32 logits: the product that reads it wants half precision, while
+// logits of single precision do not depend on how they were rounded. May be `source` when rows are not given and types are
+// equal. An entry whose logit is -inf gets 0.
 void write_gradient(const Matrix& source, const Vector& rows, int64_t first_column, double inverse_temperature,
                     const RowGradient& gradient, const Matrix& out, const Place& place);
 

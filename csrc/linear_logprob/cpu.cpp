@@ -64,12 +64,15 @@ void write_gradient(const Matrix& source, const Vector& rows, int64_t first_colu
   check_floating(kOp, "source", source.dtype);
   const int64_t n = out.rows;
   const DType w = wide(source.dtype);
-  if (out.dtype != source.dtype || out.cols != source.cols) {
+  const bool narrows = source.dtype == DType::kFloat32 && (out.dtype == DType::kBFloat16 || out.dtype == DType::kFloat16);
+  if ((out.dtype != source.dtype && !narrows) || out.cols != source.cols) {
     fail(kOp, "out: got ", name_of(out.dtype), " with ", out.cols, " columns, expected ", name_of(source.dtype), " with ",
-         source.cols, " as source has");
+         source.cols, " as source has (bfloat16 or float16 may follow float32)");
   }
   if (!rows && source.rows != n) fail(kOp, "out: got ", n, " rows, expected ", source.rows, " as source has");
-  if (rows && out.data == source.data) fail(kOp, "out: got source's own memory, expected other memory when rows are chosen");
+  if ((rows || narrows) && out.data == source.data) {
+    fail(kOp, "out: got source's own memory, expected other memory when ", rows ? "rows are chosen" : "the type changes");
+  }
   check_optional(kOp, "rows", rows, n, DType::kInt64);
   check_vector(kOp, "largest", gradient.largest, n, w);
   check_vector(kOp, "log_sum", gradient.log_sum, n, w);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "common/numbers.hpp"
 #include "linear_logprob/cpu_passes.hpp"
@@ -11,6 +12,10 @@ namespace {
 
 constexpr int64_t kBlock = 1024;      // columns worked on at a time: their wide copy stays in the first-level cache
 constexpr int64_t kParallel = 32768;  // fewer entries than this are not worth waking other threads
+
+// A gradient has its logits' type, or half precision where they have single.
+template <typename T, typename O>
+constexpr bool kCanNarrow = std::is_same_v<T, O> || (std::is_same_v<T, float> && sizeof(O) < sizeof(float));
 
 // Calls `body` with a value of the element type.
 template <typename Body>
@@ -27,6 +32,13 @@ void with_type(DType dtype, const Body& body) {
     default:
       return;  // refused by cpu.cpp
   }
+}
+
+// e times something at x, where e = exp(x): 0 times minus infinity, the limit of which is 0, would be NaN. exponential compares
+// x with the same number, so this costs nothing.
+template <typename W>
+inline W product_at(W x, W e, W other) {
+  return x < kUnderflow<W> ? W(0) : e * other;
 }
 
 template <typename T, typename W>
@@ -63,18 +75,20 @@ void add_row(const T* logits, int64_t cols, int64_t label, int64_t first_column,
       state.best.as<int64_t>()[i] = first + j;
     }
     if (label >= first && label < first + count) state.target.as<W>()[i] = block[label - first];
+    // -inf counted from itself would be NaN
+    const W origin = largest == -std::numeric_limits<W>::infinity() ? W(0) : largest;
     W partial = 0, partial_weighted = 0;
     if (state.weighted) {
 #pragma omp simd reduction(+ : partial, partial_weighted)
       for (int64_t j = 0; j < count; ++j) {
-        const W below = block[j] - largest, e = exponential(below);
+        const W below = block[j] - origin, e = exponential(below);
         partial += e;
-        partial_weighted += e * below;
+        partial_weighted += product_at(below, e, below);
       }
       weighted += partial_weighted;
     } else {
 #pragma omp simd reduction(+ : partial)
-      for (int64_t j = 0; j < count; ++j) partial += exponential(block[j] - largest);
+      for (int64_t j = 0; j < count; ++j) partial += exponential(block[j] - origin);
     }
     sum += partial;
   }
@@ -83,8 +97,8 @@ void add_row(const T* logits, int64_t cols, int64_t label, int64_t first_column,
   if (state.weighted) state.weighted.as<double>()[i] = weighted;
 }
 
-template <typename T>
-void gradient_row(const T* logits, T* out, int64_t cols, int64_t first_column, typename Wide<T>::type scale, int64_t i,
+template <typename T, typename O>
+void gradient_row(const T* logits, O* out, int64_t cols, int64_t first_column, typename Wide<T>::type scale, int64_t i,
                   const RowGradient& gradient) {
   using W = typename Wide<T>::type;
   const W largest = gradient.largest.as<W>()[i], log_sum = gradient.log_sum.as<W>()[i];
@@ -93,18 +107,18 @@ void gradient_row(const T* logits, T* out, int64_t cols, int64_t first_column, t
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const W log_p = (widen(logits[j]) * scale - largest) - log_sum;
-      out[j] = narrow<T>(exponential(log_p) * (constant + slope * log_p));
+      out[j] = narrow<O>(product_at(log_p, exponential(log_p), constant + slope * log_p));
     }
   } else {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      out[j] = narrow<T>(exponential((widen(logits[j]) * scale - largest) - log_sum) * constant);
+      out[j] = narrow<O>(exponential((widen(logits[j]) * scale - largest) - log_sum) * constant);
     }
   }
   const int64_t best = gradient.best.as<int64_t>()[i] - first_column;
-  if (best >= 0 && best < cols) out[best] = narrow<T>(gradient.at_best.as<W>()[i]);
+  if (best >= 0 && best < cols) out[best] = narrow<O>(gradient.at_best.as<W>()[i]);
   const int64_t label = gradient.label.as<int64_t>()[i] - first_column;
-  if (label >= 0 && label < cols) out[label] = narrow<T>(gradient.at_label.as<W>()[i]);
+  if (label >= 0 && label < cols) out[label] = narrow<O>(gradient.at_label.as<W>()[i]);
 }
 
 template <typename T>
@@ -118,14 +132,14 @@ void add_tile(const Matrix& logits, const Vector& labels, int64_t first_column, 
   }
 }
 
-template <typename T>
+template <typename T, typename O>
 void write_gradient(const Matrix& source, const Vector& rows, int64_t first_column, double inverse_temperature,
                     const RowGradient& gradient, const Matrix& out) {
   const auto scale = static_cast<typename Wide<T>::type>(inverse_temperature);
 #pragma omp parallel for schedule(static) if (out.rows * out.cols >= kParallel)
   for (int64_t i = 0; i < out.rows; ++i) {
     const int64_t from = rows ? rows.as<int64_t>()[i] : i;
-    gradient_row(source.row<const T>(from), out.row<T>(i), out.cols, first_column, scale, i, gradient);
+    gradient_row(source.row<const T>(from), out.row<O>(i), out.cols, first_column, scale, i, gradient);
   }
 }
 
@@ -158,8 +172,14 @@ const CpuPasses& passes() {
       },
       [](const Matrix& source, const Vector& rows, int64_t first_column, double inverse_temperature,
          const RowGradient& gradient, const Matrix& out) {
-        with_type(source.dtype, [&](auto of) {
-          write_gradient<decltype(of)>(source, rows, first_column, inverse_temperature, gradient, out);
+        with_type(source.dtype, [&](auto from) {
+          with_type(out.dtype, [&](auto to) {
+            using T = decltype(from);
+            using O = decltype(to);
+            if constexpr (kCanNarrow<T, O>) {
+              write_gradient<T, O>(source, rows, first_column, inverse_temperature, gradient, out);
+            }
+          });
         });
       },
       [](const Matrix& source, const Matrix& out, bool overwrite) {
