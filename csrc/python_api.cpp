@@ -3,6 +3,7 @@
 
 #include "common/tensor.hpp"
 #include "linear_logprob/api.hpp"
+#include "token_select/api.hpp"
 
 namespace py = pybind11;
 
@@ -32,6 +33,21 @@ void register_linear_logprob(py::module_& m) {
   m.def("add_transposed", &add_transposed, unlocked);
 }
 
+void register_token_select(py::module_& m) {
+  using namespace token_select;
+  py::class_<Scores>(m, "Scores").def(py::init<Vector, Vector>());
+  py::class_<Search>(m, "Search").def(py::init<Vector, Vector, Vector>());
+  py::class_<Report>(m, "Report").def(py::init<>()).def(py::init<Vector, bool, Vector, Vector, Matrix, Vector>());
+  const py::call_guard<py::gil_scoped_release> unlocked;
+  m.def("score_excess", &score_excess, unlocked);
+  m.def("count_digits", &count_digits, unlocked);
+  m.def("count_order_digits", &count_order_digits, unlocked);
+  m.def("choose_digit", &choose_digit, unlocked);
+  m.def("count_equals", &count_equals, unlocked);
+  m.def("write_mask", &write_mask, unlocked);
+  m.def("add_up", &add_up, unlocked);
+}
+
 }  // namespace megarpt
 
 PYBIND11_MODULE(_C, m) {
@@ -45,4 +61,6 @@ PYBIND11_MODULE(_C, m) {
   megarpt::register_common(m);
   auto linear_logprob = m.def_submodule("linear_logprob");
   megarpt::register_linear_logprob(linear_logprob);
+  auto token_select = m.def_submodule("token_select");
+  megarpt::register_token_select(token_select);
 }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.errors import ConfigError
-from megarpt.ops.topk_select import select_top_fraction, select_top_fraction_rows
+from megarpt.ops.token_select import select_top_fraction, select_top_fraction_rows
 from megarpt.structs import TokenBatch
 
 Scope = Literal["sequence", "microbatch", "global_batch"]
@@ -64,7 +64,7 @@ class TopFraction:
         scope: the set within which tokens compete: one sequence, one micro-batch on one rank, or the whole global batch.
             global_batch is exact over micro-batches and ranks and does not depend on how the batch is split among them.
 
-    Collectives: global_batch only, over the group it is given: see `megarpt.ops.topk_select.select_top_fraction`.
+    Collectives: global_batch only, over the group it is given: see `megarpt.ops.token_select.select_top_fraction`.
     Source: Rho-1 (arXiv 2404.07965), equation 5.
     """
 

@@ -142,6 +142,14 @@ V __shfl_xor_sync(unsigned mask, V value, int distance) {
   return value;
 }
 
+// Threads take turns, so that nothing comes between.
+template <typename V>
+V atomicAdd(V* address, V value) {
+  const V before = *address;
+  *address += value;
+  return before;
+}
+
 namespace megarpt {
 namespace {
 
