@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megarpt.config.schema import PretrainConfig
-from megarpt.config.validate import STREAM_OF_SCORER
+from megarpt.config.validate import reference_streams
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
@@ -217,7 +217,7 @@ def _online_reference(
             f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
             "losses of different tokens cannot be compared: train a reference with this tokenizer"
         )
-    return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
+    return OnlineReference(reference.network, groups, reference_streams(cfg.objective))
 
 
 def _perf_meter(

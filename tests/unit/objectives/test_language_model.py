@@ -32,7 +32,7 @@ def rows(batch: TokenBatch, chosen: slice) -> TokenBatch:
 def run(objective: WeightedLanguageModel, stats: TokenStats, batch: TokenBatch, step: int = 0):
     """One step of one micro-batch, as a training step calls it: (output, gradient of the mean loss)."""
     progress = Progress(step=step)
-    weight = objective.select([stats], [batch], progress, None)[0] if objective.selects_globally else None
+    weight = objective.select([stats], [batch], progress, None)[0] if objective.spans_micro_batches else None
     out = objective(stats, batch, weight, progress)
     (gradient,) = torch.autograd.grad(out.loss_sum / out.num_tokens.clamp(min=1), stats.logprob)
     return out, gradient
@@ -220,7 +220,7 @@ def test_every_configured_name_is_built() -> None:
     assert set(SCORERS) == set(ObjectiveConfig.model_fields["scorer"].annotation.__args__)
     assert set(WEIGHTINGS) == set(ObjectiveConfig.model_fields["weighting"].annotation.__args__)
     objective = build_objective(ObjectiveConfig(scorer="reference_entropy", weighting="top_fraction", fraction=0.5), seed=0)
-    assert objective.streams == ("ref_entropy",) and objective.selects_globally and not objective.needs_entropy
+    assert objective.streams == ("ref_entropy",) and objective.spans_micro_batches and not objective.needs_entropy
     with pytest.raises(ConfigError, match="scorer"):
         build_objective(ObjectiveConfig(weighting="top_fraction", fraction=0.5), seed=0)
 
@@ -262,5 +262,5 @@ def check_rank() -> None:
     torch.testing.assert_close(weight, expected.weight[mine], rtol=0, atol=0)
     torch.testing.assert_close(sums, torch.stack([expected.loss_sum.detach(), expected.num_tokens.float()]))
     torch.testing.assert_close(gradient, expected_gradient[mine])
-    if torch.equal(weight, TopFraction(0.6, "microbatch")([out.score], [part], None)[0].weight):
+    if torch.equal(weight, TopFraction(0.6, "microbatch")([[out.score]], [part], None)[0].weight):
         raise AssertionError("the local choice is the global one: this case tests nothing")

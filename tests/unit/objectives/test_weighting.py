@@ -25,7 +25,7 @@ def score_of(batch: TokenBatch, seed: int = 0, levels: int = 0) -> torch.Tensor:
 
 def test_uniform_is_the_loss_mask(make_tokens) -> None:
     _, batch = make_tokens()
-    (chosen,) = Uniform()([None], [batch], None)
+    (chosen,) = Uniform()([], [batch], None)
     assert torch.equal(chosen.weight, batch.loss_mask.float()) and chosen.threshold is None
 
 
@@ -35,16 +35,16 @@ def test_every_scope_keeps_what_a_sort_keeps(make_tokens, fraction, levels) -> N
     batches = [make_tokens(seed=seed, first_sample=3 * seed)[1] for seed in range(3)]
     scores = [score_of(batch, seed, levels) for seed, batch in enumerate(batches)]
 
-    for batch, score, chosen in zip(batches, scores, TopFraction(fraction, "sequence")(scores, batches, None), strict=True):
+    for batch, score, chosen in zip(batches, scores, TopFraction(fraction, "sequence")([scores], batches, None), strict=True):
         for row in range(3):
             expected = reference.top_fraction_mask(score[row], batch.loss_mask[row], fraction)
             assert torch.equal(chosen.weight[row] > 0, expected)
 
-    for batch, score, chosen in zip(batches, scores, TopFraction(fraction, "microbatch")(scores, batches, None), strict=True):
+    for batch, score, chosen in zip(batches, scores, TopFraction(fraction, "microbatch")([scores], batches, None), strict=True):
         expected = reference.top_fraction_mask(score.flatten(), batch.loss_mask.flatten(), fraction)
         assert torch.equal(chosen.weight.flatten() > 0, expected)
 
-    chosen_globally = TopFraction(fraction, "global_batch")(scores, batches, None)
+    chosen_globally = TopFraction(fraction, "global_batch")([scores], batches, None)
     expected = reference.top_fraction_mask(
         torch.cat(scores).flatten(), torch.cat([b.loss_mask for b in batches]).flatten(), fraction
     )
@@ -55,26 +55,26 @@ def test_every_scope_keeps_what_a_sort_keeps(make_tokens, fraction, levels) -> N
 def test_scopes_coincide_where_their_sets_do(make_tokens, levels) -> None:
     _, batch = make_tokens()
     score = score_of(batch, levels=levels)
-    (one_microbatch,) = TopFraction(0.6, "microbatch")([score], [batch], None)
-    (whole_batch,) = TopFraction(0.6, "global_batch")([score], [batch], None)
+    (one_microbatch,) = TopFraction(0.6, "microbatch")([[score]], [batch], None)
+    (whole_batch,) = TopFraction(0.6, "global_batch")([[score]], [batch], None)
     assert torch.equal(one_microbatch.weight, whole_batch.weight)
 
     _, batch = make_tokens(b=1)
     score = score_of(batch, levels=levels)
-    weights = [TopFraction(0.6, scope)([score], [batch], None)[0].weight for scope in SCOPES]
+    weights = [TopFraction(0.6, scope)([[score]], [batch], None)[0].weight for scope in SCOPES]
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
 
 
 def test_global_choice_does_not_depend_on_the_split_into_microbatches(make_tokens) -> None:
     _, batch = make_tokens(b=4)
     score = score_of(batch, levels=3)  # ties everywhere: only the position in the run's data can decide
-    (whole,) = TopFraction(0.6)([score], [batch], None)
+    (whole,) = TopFraction(0.6)([[score]], [batch], None)
 
     def row(i: int) -> TokenBatch:
         return replace(batch, labels=batch.labels[[i]], loss_mask=batch.loss_mask[[i]], sample_index=batch.sample_index[[i]])
 
     shuffled = [2, 0, 3, 1]
-    parts = TopFraction(0.6)([score[[i]] for i in shuffled], [row(i) for i in shuffled], None)
+    parts = TopFraction(0.6)([[score[[i]] for i in shuffled]], [row(i) for i in shuffled], None)
     for i, part in zip(shuffled, parts, strict=True):
         assert torch.equal(part.weight, whole.weight[[i]])
 
@@ -85,7 +85,7 @@ def test_ignored_labels_are_removed_before_ranking(make_tokens, scope) -> None:
     _, batch = make_tokens()
     score = score_of(batch)
     tempting = torch.where(batch.loss_mask, score, 1e9)
-    (expected,), (got,) = (TopFraction(0.5, scope)([one], [batch], None) for one in (score, tempting))
+    (expected,), (got,) = (TopFraction(0.5, scope)([[one]], [batch], None) for one in (score, tempting))
     assert torch.equal(got.weight, expected.weight)
     assert not (got.weight > 0)[~batch.loss_mask].any()
 
@@ -93,7 +93,7 @@ def test_ignored_labels_are_removed_before_ranking(make_tokens, scope) -> None:
 @pytest.mark.parametrize("scope", SCOPES)
 def test_all_scores_equal_keeps_exactly_k_in_position_order(make_tokens, scope) -> None:
     _, batch = make_tokens(b=1, s=10, valid=1.1)
-    (chosen,) = TopFraction(0.6, scope)([torch.zeros(1, 10)], [batch], None)
+    (chosen,) = TopFraction(0.6, scope)([[torch.zeros(1, 10)]], [batch], None)
     assert chosen.weight.tolist() == [[1.0] * 6 + [0.0] * 4]
 
 
@@ -101,16 +101,16 @@ def test_all_scores_equal_keeps_exactly_k_in_position_order(make_tokens, scope) 
 def test_nan_scores_are_kept_last(make_tokens, scope) -> None:
     _, batch = make_tokens(b=1, s=4, valid=1.1)
     score = torch.tensor([[float("nan"), 1.0, -float("inf"), 0.0]])
-    assert TopFraction(0.5, scope)([score], [batch], None)[0].weight.tolist() == [[0.0, 1.0, 0.0, 1.0]]
-    assert TopFraction(0.75, scope)([score], [batch], None)[0].weight.tolist() == [[0.0, 1.0, 1.0, 1.0]]
-    assert TopFraction(1.0, scope)([score], [batch], None)[0].weight.tolist() == [[1.0] * 4]
+    assert TopFraction(0.5, scope)([[score]], [batch], None)[0].weight.tolist() == [[0.0, 1.0, 0.0, 1.0]]
+    assert TopFraction(0.75, scope)([[score]], [batch], None)[0].weight.tolist() == [[0.0, 1.0, 1.0, 1.0]]
+    assert TopFraction(1.0, scope)([[score]], [batch], None)[0].weight.tolist() == [[1.0] * 4]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
 def test_no_valid_token_keeps_nothing(make_tokens, scope, fraction) -> None:
     _, batch = make_tokens(valid=0.0)
-    (chosen,) = TopFraction(fraction, scope)([score_of(batch)], [batch], None)
+    (chosen,) = TopFraction(fraction, scope)([[score_of(batch)]], [batch], None)
     assert not chosen.weight.any()
 
 
@@ -118,9 +118,9 @@ def test_thresholds(make_tokens) -> None:
     _, batch = make_tokens()
     score = score_of(batch)
     for scope in ("microbatch", "global_batch"):
-        (chosen,) = TopFraction(0.5, scope)([score], [batch], None)
+        (chosen,) = TopFraction(0.5, scope)([[score]], [batch], None)
         assert chosen.threshold == score[chosen.weight > 0].min()
-    assert TopFraction(0.5, "sequence")([score], [batch], None)[0].threshold is None
+    assert TopFraction(0.5, "sequence")([[score]], [batch], None)[0].threshold is None
 
 
 def test_order_is_the_position_in_the_run(make_tokens) -> None:
