@@ -162,7 +162,8 @@ class ObjectiveConfig(Section):
     scope: Literal["sequence", "microbatch", "rank", "global_batch", "lagged_global_batch"] = "global_batch"
     """top_fraction only: the set within which tokens compete. `rank`: all samples of a step on one data-parallel rank, so it
     follows the layout. `global_batch`: all of the step. Both are exact and cost a scoring forward pass when there is more than
-    one micro-batch. `lagged_global_batch` costs none: it keeps what reaches the exact threshold of the step before."""
+    one micro-batch. `lagged_global_batch` costs none: it keeps what reaches the exact threshold of the step before, and is for
+    runs that start from trained weights."""
     second: SecondSetConfig | None = None
     """top_fraction only: another set of tokens, chosen in the same scope by another scorer, to combine with the first."""
     combine: Literal["intersection", "union"] = "intersection"

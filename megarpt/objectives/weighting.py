@@ -135,9 +135,10 @@ class LaggedTopFraction(TokenWeighting):
     """A token counts 1 when its score reaches what the global batch of the step before asked for.
 
     The threshold is exact, but of the step before: the k-th best score over all its micro-batches and ranks. So no weight waits
-    for the scores of other micro-batches, and the share that is kept is close to `fraction` instead of equal to it; tokens that
-    tie with the threshold are all kept. How far the choice is from the exact one of the same step is measured after the step.
-    Without a step before, tokens compete within their micro-batch. fraction 1.0 keeps every valid token.
+    for the scores of other micro-batches, and the share that is kept is close to `fraction` instead of equal to it: tokens that
+    tie with the threshold are all kept, and while scores fall quickly, as from random weights, few are kept. How far the choice
+    is from the exact one of the same step is measured after the step. Without a step before, tokens compete within their
+    micro-batch. fraction 1.0 keeps every valid token.
 
     A step without a valid token, or whose threshold is not a number or infinite because scores are, leaves the threshold as it
     is.
