@@ -49,6 +49,21 @@ class RunConfig(Section):
     """`auto` takes CUDA when it is usable."""
 
 
+class GptConfig(Section):
+    """Arguments of megatron-core's GPTModel, over the preset's; null takes the preset's."""
+
+    max_sequence_length: Positive | None = None
+    """Longest sample the model may be given."""
+    share_embeddings_and_output_weights: bool | None = None
+    """One matrix for the embedding and the output layer."""
+    rotary_base: Annotated[float, Field(gt=1.0)] | None = None
+    """Base of the rotary angles."""
+    rope_scaling_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Llama 3's scaling of long wavelengths, for a model that was first trained on 8192 positions."""
+    seq_len_interpolation_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Divides all positions (linear scaling)."""
+
+
 class ModelConfig(Section):
     """Which network."""
 
@@ -60,6 +75,8 @@ class ModelConfig(Section):
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padded entries carry no probability."""
     init_from: Text | None = None
     """Run folder or checkpoint whose weights start this run (weights only; step, optimizer and data start afresh)."""
+    gpt: GptConfig = Field(default_factory=GptConfig)
+    """Arguments of megatron-core's GPTModel, over the preset's."""
     mcore: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig, over the preset's."""
 
@@ -183,7 +200,9 @@ class TrainConfig(Section):
     """Stop (exit code 76) after this many skipped steps in a row: not finite, or spikes that stability.on_spike skips. Each is
     skipped on every rank and its batch dumped."""
     head_chunk_tokens: NonNegative = 0
-    """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
+    """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
+    head_keep_mib: NonNegative = 128
+    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none."""
 
 
 class ParallelConfig(Section):

@@ -101,13 +101,25 @@ def preset_exists(cfg: PretrainConfig) -> str | None:
 
 
 def sequence_fits_the_preset(cfg: PretrainConfig) -> str | None:
-    preset = PRESETS.get(cfg.model.preset)
-    if preset is None or cfg.data.seq_length <= preset.max_sequence_length:
+    preset, given = PRESETS.get(cfg.model.preset), cfg.model.gpt.max_sequence_length
+    if preset is None or cfg.data.seq_length <= (given or preset.max_sequence_length):
         return None
+    if given is not None:
+        return f"data.seq_length: got {cfg.data.seq_length}, expected at most {given}, model.gpt.max_sequence_length"
     return (
         f"data.seq_length: got {cfg.data.seq_length}, expected at most {preset.max_sequence_length}, the positions of preset "
         f"{cfg.model.preset}"
     )
+
+
+def rotary_settings_have_rotary_angles(cfg: PretrainConfig) -> str | None:
+    preset, gpt = PRESETS.get(cfg.model.preset), cfg.model.gpt
+    if preset is None or preset.gpt["position_embedding_type"] == "rope":
+        return None
+    for name in ("rotary_base", "rope_scaling_factor", "seq_len_interpolation_factor"):
+        if getattr(gpt, name) is not None:
+            return f"model.gpt.{name}: has no effect with preset {cfg.model.preset}, whose positions are learned; remove it"
+    return None
 
 
 def activation_is_known(cfg: PretrainConfig) -> str | None:
@@ -455,6 +467,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     preset_exists,
     sequence_fits_the_preset,
+    rotary_settings_have_rotary_angles,
     activation_is_known,
     global_batch_is_whole_micro_batches,
     min_lr_is_below_lr,

@@ -67,6 +67,7 @@ _FREE_KEYS = (
     "train.train_tokens",
     "train.max_skipped_steps",
     "train.head_chunk_tokens",
+    "train.head_keep_mib",
     "parallel",
     "model.mcore.recompute_granularity",
     "model.mcore.recompute_method",

@@ -178,6 +178,16 @@ BREAKS = [
     ),
     (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
     (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
+    (
+        validate.sequence_fits_the_preset,
+        {"model.gpt": {"max_sequence_length": 32}, "data.seq_length": 64},
+        "data.seq_length",
+    ),
+    (
+        validate.rotary_settings_have_rotary_angles,
+        {"model": {"preset": "gpt2-124m", "gpt": {"rotary_base": 5e5}}},
+        "model.gpt.rotary_base",
+    ),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"bf16": True}}, "model.mcore.bf16"),
     (validate.mcore_optimizer_keys_are_not_ours, {"optimizer.mcore": {"lr": 1.0}}, "optimizer.mcore.lr"),
