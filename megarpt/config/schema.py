@@ -174,6 +174,15 @@ class ReferenceConfig(Section):
     """Run folder or checkpoint of the reference model; its tokenizer must be the run's."""
 
 
+class SecondSetConfig(Section):
+    """A second choice of tokens, made beside the first."""
+
+    scorer: Literal["excess_loss", "loss", "reference_loss", "reference_entropy", "random"]
+    """What ranks tokens for it; another one than objective.scorer."""
+    fraction: Fraction
+    """The share of valid tokens in it."""
+
+
 class ObjectiveConfig(Section):
     """What a token is worth."""
 
@@ -184,9 +193,15 @@ class ObjectiveConfig(Section):
     """`uniform`: every valid token counts 1. `top_fraction`: the best-scored share counts 1, the rest 0."""
     fraction: Fraction = 1.0
     """top_fraction only: the share of valid tokens that is kept."""
-    scope: Literal["sequence", "microbatch", "global_batch"] = "global_batch"
-    """top_fraction only: the set within which tokens compete. global_batch is exact; with more than one micro-batch it
-    costs a scoring forward pass."""
+    scope: Literal["sequence", "microbatch", "rank", "global_batch", "lagged_global_batch"] = "global_batch"
+    """top_fraction only: the set within which tokens compete. `rank`: all samples of a step on one data-parallel rank, so it
+    follows the layout. `global_batch`: all of the step. Both are exact and cost a scoring forward pass when there is more than
+    one micro-batch. `lagged_global_batch` costs none: it keeps what reaches the exact threshold of the step before, and is for
+    runs that start from trained weights."""
+    second: SecondSetConfig | None = None
+    """top_fraction only: another set of tokens, chosen in the same scope by another scorer, to combine with the first."""
+    combine: Literal["intersection", "union"] = "intersection"
+    """With `second`: keep the tokens that are in both sets, or those that are in one of them."""
     reference: ReferenceConfig | None = None
     """Score with this model during training instead of reading the sidecar."""
 

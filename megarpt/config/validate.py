@@ -86,16 +86,23 @@ def model_fields(cfg: PretrainConfig) -> Mapping[str, Any]:
     return {**(preset.transformer if preset else {}), **cfg.model.mcore}
 
 
-def split_rule(cfg: PretrainConfig) -> tuple[str, float] | None:
-    """By which scorer, and at which fraction, evaluation tells kept-like from dropped-like tokens; None when it does not.
+def split_rule(cfg: PretrainConfig) -> ObjectiveConfig | None:
+    """How evaluation tells kept-like from dropped-like tokens among all of a corpus; None when it does not.
 
     A baseline that trains on all tokens, or on some chosen without a reference, is split as the run it is compared with is.
     """
-    objective = cfg.objective
-    fraction = objective.fraction if cfg.evaluation.split_fraction is None else cfg.evaluation.split_fraction
-    if fraction == 1.0:
-        return None
-    return (objective.scorer if objective.scorer in STREAM_OF_SCORER else "excess_loss"), fraction
+    objective, fraction = cfg.objective, cfg.evaluation.split_fraction
+    if not reference_streams(objective):
+        objective = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=objective.fraction)
+    changes = {"scope": "global_batch"} | ({} if fraction is None else {"fraction": fraction})
+    rule = objective.model_copy(update=changes)
+    return None if rule.fraction == 1.0 and rule.second is None else rule
+
+
+def reference_streams(cfg: ObjectiveConfig) -> tuple[str, ...]:
+    """The per-token streams of the reference model that the objective reads."""
+    streams = (STREAM_OF_SCORER.get(scorer) for scorer in _scorers(cfg).values())
+    return tuple(dict.fromkeys(stream for stream in streams if stream is not None))
 
 
 def preset_exists(cfg: PretrainConfig) -> str | None:
@@ -209,8 +216,43 @@ def scope_is_used(cfg: PretrainConfig) -> str | None:
     return _only_with_top_fraction(cfg, "scope")
 
 
+def second_set_is_used(cfg: PretrainConfig) -> str | None:
+    return _only_with_top_fraction(cfg, "second")
+
+
+def second_set_has_another_scorer(cfg: PretrainConfig) -> str | None:
+    second = cfg.objective.second
+    if second is None or second.scorer != cfg.objective.scorer:
+        return None
+    return (
+        f"objective.second.scorer: got {second.scorer!r}, which objective.scorer is too: one of the two sets would lie within "
+        "the other and have no effect; choose another scorer"
+    )
+
+
+def combine_has_two_sets(cfg: PretrainConfig) -> str | None:
+    if cfg.objective.second is not None or cfg.objective.combine == ObjectiveConfig.model_fields["combine"].default:
+        return None
+    return (
+        f"objective.combine: got {cfg.objective.combine!r}, which has no effect without objective.second; set "
+        "objective.second.scorer and objective.second.fraction or remove it"
+    )
+
+
+def kept_share_is_known_to_the_routers(cfg: PretrainConfig) -> str | None:
+    fields = model_fields(cfg)
+    coefficient = fields.get("moe_aux_loss_coeff", 0.0)
+    is_balanced = any(coefficient) if isinstance(coefficient, list) else bool(coefficient)
+    if cfg.objective.second is None or fields.get("num_moe_experts") is None or not is_balanced:
+        return None
+    return (
+        "objective.second: the balance loss of a mixture of experts is weighed by the share of tokens that are kept, which for "
+        "two combined sets is not known before the step; remove it or set model.mcore.moe_aux_loss_coeff=0.0"
+    )
+
+
 def reference_is_used(cfg: PretrainConfig) -> str | None:
-    if cfg.objective.reference is None or cfg.objective.scorer in STREAM_OF_SCORER:
+    if cfg.objective.reference is None or reference_streams(cfg.objective):
         return None
     return (
         f"objective.reference: objective.scorer {cfg.objective.scorer} reads nothing from a reference model; "
@@ -219,23 +261,8 @@ def reference_is_used(cfg: PretrainConfig) -> str | None:
 
 
 def reference_losses_have_one_origin(cfg: PretrainConfig) -> str | None:
-    stream = STREAM_OF_SCORER.get(cfg.objective.scorer)
-    if stream is None:
-        return None
-    without = [index for index, source in enumerate(cfg.data.train) if stream not in source.streams]
-    if cfg.objective.reference is None and without:
-        index = without[0]
-        return (
-            f"data.train.{index}.streams: no {stream}, which objective.scorer {cfg.objective.scorer} reads; "
-            f"write it with `megarpt score` and name it here, or set objective.reference.checkpoint"
-        )
-    if cfg.objective.reference is not None and len(without) < len(cfg.data.train):
-        index = next(index for index in range(len(cfg.data.train)) if index not in without)
-        return (
-            f"data.train.{index}.streams.{stream}: given together with objective.reference, so one of them has no effect; "
-            "keep one"
-        )
-    return None
+    mistakes = (_stream_has_one_origin(cfg, key, scorer) for key, scorer in _scorers(cfg.objective).items())
+    return next((mistake for mistake in mistakes if mistake is not None), None)
 
 
 def streams_are_known(cfg: PretrainConfig) -> str | None:
@@ -257,8 +284,9 @@ def held_out_streams_are_read(cfg: PretrainConfig) -> str | None:
             key = f"data.valid.{name}.streams.{stream}"
             if rule is None:
                 return f"{key}: nothing reads it, as this run selects no tokens; set evaluation.split_fraction or remove it"
-            if stream != STREAM_OF_SCORER[rule[0]]:
-                return f"{key}: held-out tokens are ranked by {rule[0]}, which reads {STREAM_OF_SCORER[rule[0]]}; remove it"
+            if stream not in reference_streams(rule):
+                read = " and ".join(reference_streams(rule))
+                return f"{key}: held-out tokens are ranked by {' and '.join(_scorers(rule).values())}, which reads {read}; remove it"
             if cfg.objective.reference is not None:
                 return f"{key}: given together with objective.reference, so one of them has no effect; keep one"
     return None
@@ -268,11 +296,12 @@ def split_has_a_reference(cfg: PretrainConfig) -> str | None:
     fraction, rule = cfg.evaluation.split_fraction, split_rule(cfg)
     if fraction is None or rule is None or cfg.objective.reference is not None:
         return None
-    stream = STREAM_OF_SCORER[rule[0]]
-    if any(stream in corpus.streams for corpus in cfg.data.valid.values()):
+    needed = reference_streams(rule)
+    if any(set(needed) <= set(corpus.streams) for corpus in cfg.data.valid.values()):
         return None
+    stream = next(iter(needed))
     return (
-        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {stream} to rank tokens by; "
+        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {' and '.join(needed)} to rank tokens by; "
         f"write it with `megarpt score` and name it: data.valid.NAME={{path: PREFIX, streams: {{{stream}: SIDECAR}}}}"
     )
 
@@ -495,6 +524,10 @@ RULES: tuple[Rule, ...] = (
     scorer_is_used,
     fraction_is_used,
     scope_is_used,
+    second_set_is_used,
+    second_set_has_another_scorer,
+    combine_has_two_sets,
+    kept_share_is_known_to_the_routers,
     reference_is_used,
     reference_losses_have_one_origin,
     streams_are_known,
@@ -625,6 +658,32 @@ def _only_with_top_fraction(cfg: PretrainConfig, name: str) -> str | None:
         f"objective.{name}: got {got!r}, which has no effect with objective.weighting {cfg.objective.weighting}; "
         f"set objective.weighting=top_fraction or remove it"
     )
+
+
+def _scorers(cfg: ObjectiveConfig) -> dict[str, str]:
+    """Key -> scorer."""
+    second = {} if cfg.second is None else {"objective.second.scorer": cfg.second.scorer}
+    return {"objective.scorer": cfg.scorer, **second}
+
+
+def _stream_has_one_origin(cfg: PretrainConfig, key: str, scorer: str) -> str | None:
+    stream = STREAM_OF_SCORER.get(scorer)
+    if stream is None:
+        return None
+    without = [index for index, source in enumerate(cfg.data.train) if stream not in source.streams]
+    if cfg.objective.reference is None and without:
+        index = without[0]
+        return (
+            f"data.train.{index}.streams: no {stream}, which {key} {scorer} reads; "
+            f"write it with `megarpt score` and name it here, or set objective.reference.checkpoint"
+        )
+    if cfg.objective.reference is not None and len(without) < len(cfg.data.train):
+        index = next(index for index in range(len(cfg.data.train)) if index not in without)
+        return (
+            f"data.train.{index}.streams.{stream}: given together with objective.reference, so one of them has no effect; "
+            "keep one"
+        )
+    return None
 
 
 def _declared_twice(section: str, block: dict[str, object]) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from megarpt.config.schema import ObjectiveConfig, PretrainConfig
-from megarpt.config.validate import STREAM_OF_SCORER, split_rule
+from megarpt.config.schema import PretrainConfig
+from megarpt.config.validate import reference_streams, split_rule
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
@@ -98,7 +98,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             share_over=groups.tp,
         )
         rule = split_rule(cfg)
-        eval_sets = build_eval_sets(cfg, tokenizer, [STREAM_OF_SCORER[rule[0]]] if rule is not None else [])
+        eval_sets = build_eval_sets(cfg, tokenizer, reference_streams(rule) if rule is not None else ())
         if cfg.data.verify == "values":
             datasets = [*batches.datasets, *eval_sets.values()]
             verify_contents(datasets, runtime, on_block=partial(wait_in, "reading the data"), record=folder.verified_path)
@@ -220,7 +220,7 @@ def _online_reference(
             f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
             "losses of different tokens cannot be compared: train a reference with this tokenizer"
         )
-    return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
+    return OnlineReference(reference.network, groups, reference_streams(cfg.objective))
 
 
 def _held_out_split(
@@ -230,16 +230,10 @@ def _held_out_split(
     rule = split_rule(cfg)
     if rule is None:
         return None
-    scorer, fraction = rule
-    chosen = ObjectiveConfig.model_validate({"scorer": scorer, "weighting": "top_fraction", "fraction": fraction})
-    objective = build_objective(chosen, cfg.run.seed)
-    assert objective.scorer is not None
-    online = cfg.objective.reference.checkpoint if cfg.objective.reference is not None else None
     return HeldOutSplit(
         folder.split_dir,
-        objective.scorer,
-        objective.weighting,
-        {"scorer": scorer, "fraction": fraction, "reference": online},
+        build_objective(rule, cfg.run.seed),
+        rule.model_dump(),
         groups,
         annotate=reference,
         resumes_at=resume.step if resume else None,

@@ -120,7 +120,7 @@ def selection_rule(cfg: PretrainConfig, options: SelectionOptions) -> ObjectiveC
         "scorer": options.scorer or (own.scorer if selects else "excess_loss"),
         "weighting": "top_fraction",
         "fraction": options.fraction if options.fraction is not None else (own.fraction if selects else 0.6),
-        "scope": options.scope or (own.scope if selects else "global_batch"),
+        "scope": options.scope or (own.scope if own.scope in ("sequence", "microbatch") else "global_batch"),
     }
     if not 0.0 < float(str(chosen["fraction"])) <= 1.0:
         raise ConfigError(f"--fraction: got {chosen['fraction']}, expected a number above 0 and at most 1")
@@ -295,7 +295,7 @@ def _compete(
     source, window = windows
     size, s = student.config.batch.micro_batch_size, student.config.data.seq_length
     objective = build_objective(rule, student.config.run.seed)
-    assert objective.scorer is not None
+    (scorer,) = objective.scorers
     batches: list[TokenBatch] = []
     losses: list[Tensor] = []
     with ProgressLine("score", len(window) * s, console=terminal()) as line:
@@ -311,8 +311,8 @@ def _compete(
             batches.append(batch)
             losses.append(-stats.logprob)
             line.update(min(begin + size, len(window)) * s)
-    scores = [objective.scorer(TokenStats(-loss, None), batch, Progress()) for loss, batch in zip(losses, batches, strict=True)]
-    weights = objective.weighting(scores, batches, None)
+    scores = [scorer(TokenStats(-loss, None), batch, Progress()) for loss, batch in zip(losses, batches, strict=True)]
+    weights = objective.weighting([scores], batches, None)
     valid = _rows([batch.loss_mask for batch in batches], len(window)).astype(np.bool_)
     unknown = torch.full_like(losses[0], torch.nan)
     score = _rows(scores, len(window))

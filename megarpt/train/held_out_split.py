@@ -26,8 +26,7 @@ from torch import Tensor
 from megarpt.corpus.atomic import atomic_write_bytes
 from megarpt.data.windows import WindowDataset
 from megarpt.errors import DataError
-from megarpt.objectives.scoring import TokenScorer
-from megarpt.objectives.weighting import TokenWeighting
+from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, TokenBatch, TokenStats
@@ -57,8 +56,7 @@ class HeldOutSplit:
 
     Args:
         folder: where they are kept, one file for each corpus.
-        scorer: ranks tokens.
-        weighting: chooses among all tokens of a corpus; its weights are 0 and 1.
+        objective: ranks tokens, and chooses among all of a corpus; its weights are 0 and 1.
         rule: what the choice depends on besides corpus and windows; sets of another rule are made anew.
         groups: of the layout. Sets do not depend on it.
         annotate: adds the reference's streams to batches; None when sidecars hold them.
@@ -69,8 +67,7 @@ class HeldOutSplit:
     def __init__(
         self,
         folder: Path,
-        scorer: TokenScorer,
-        weighting: TokenWeighting,
+        objective: WeightedLanguageModel,
         rule: Mapping[str, Any],
         groups: ProcessGroups,
         *,
@@ -78,7 +75,7 @@ class HeldOutSplit:
         resumes_at: int | None,
         is_writer: bool,
     ) -> None:
-        self._folder, self._scorer, self._weighting, self._rule = folder, scorer, weighting, dict(rule)
+        self._folder, self._objective, self._rule = folder, objective, dict(rule)
         self._groups, self._annotate, self._is_writer = groups, annotate, is_writer
         self._resumes_at = resumes_at
         self._sets: dict[str, KeptSet] = {}
@@ -86,7 +83,7 @@ class HeldOutSplit:
 
     def applies_to(self, dataset: WindowDataset) -> bool:
         """Whether the tokens of a corpus can be ranked."""
-        return self._annotate is not None or all(name in dataset.streams for name in self._scorer.streams)
+        return self._annotate is not None or all(name in dataset.streams for name in self._objective.streams)
 
     def annotated(self, batches: list[TokenBatch]) -> list[TokenBatch]:
         """The batches with what the scorer reads. Collectives: the reference model's, when there is one."""
@@ -125,7 +122,7 @@ class HeldOutSplit:
             logprobs: of their labels, [b, s] each; empty on all pipeline stages but the last.
             step: of the evaluation.
 
-        Collectives: the weighting's; one sum of the bitmap over the data-parallel group; with a pipeline one broadcast of it.
+        Collectives: the selection's; one sum of the bitmap over the data-parallel group; with a pipeline one broadcast of it.
 
         Raises:
             DataError: the file cannot be written.
@@ -134,11 +131,9 @@ class HeldOutSplit:
         num_windows = _num_windows(dataset, max_tokens)
         bits = torch.zeros(num_windows, -(-dataset.seq_length // 8), dtype=torch.uint8, device=device)
         if logprobs:
-            scores = [
-                self._scorer(TokenStats(logprob, None), batch, Progress(step=step))
-                for batch, logprob in zip(batches, logprobs, strict=True)
-            ]
-            for batch, chosen in zip(batches, self._weighting(scores, batches, groups.dp), strict=True):
+            stats = [TokenStats(logprob, None) for logprob in logprobs]
+            weights = self._objective.select(stats, batches, Progress(step=step), groups.dp)
+            for batch, chosen in zip(batches, weights, strict=True):
                 inside = batch.loss_mask.any(dim=1)  # padding of a pipeline's load repeats a window without any label
                 bits[batch.sample_id[inside]] = _pack(chosen.weight[inside] > 0.0)
             dist.all_reduce(bits, group=groups.dp)  # every window is on one rank, so that the sum is the union

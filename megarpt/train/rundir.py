@@ -350,14 +350,14 @@ def may_differ(difference: Difference, config: PretrainConfig) -> bool:
     """Whether a run may be continued although this key changed.
 
     Where and how often things are written, evaluation, the parallel layout, the device and the compilation may change. The
-    micro-batch may, unless tokens compete within it. The length may; the decay that is measured by it, unless the learning
-    rate is constant, may not.
+    micro-batch may, unless tokens compete within it, or within a rank, whose samples follow from it. The length may; the decay
+    that is measured by it, unless the learning rate is constant, may not.
     """
     key = difference.key
     if any(key == free or key.startswith((free + ".", free + "[")) for free in _FREE_KEYS):
         return True
     if key == "batch.micro_batch_size":
-        return config.objective.weighting != "top_fraction" or config.objective.scope != "microbatch"
+        return config.objective.weighting != "top_fraction" or config.objective.scope not in ("microbatch", "rank")
     if key == "optimizer.lr_decay_tokens":
         return config.optimizer.lr_decay_style == "constant"
     return False

@@ -332,14 +332,19 @@ def test_an_evaluation_of_nothing_is_an_error() -> None:
 
 
 def objective_tags(token_work: Any) -> set[str]:
-    """Everything that a selection reports in its second step."""
+    """Everything that selections report."""
     batch, output = token_work
-    config = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=0.6)
-    objective = build_objective(config, seed=1, num_sources=2)
     stats = TokenStats(logprob=-output.token_loss, entropy=None)
-    for _ in range(2):
-        (weight,) = objective.select([stats], [batch], Progress(), None)
-    return set(objective(stats, batch, weight, Progress()).metrics)
+    tags: set[str] = set()
+    for options in ({}, {"second": {"scorer": "loss", "fraction": 0.6}}, {"scope": "lagged_global_batch"}):
+        sections = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6, **options}
+        objective = build_objective(ObjectiveConfig.model_validate(sections), seed=1, num_sources=2)
+        chosen = objective.select([stats], [batch], Progress(), None)
+        result = objective(stats, batch, chosen[0], Progress())
+        tags |= set(result.metrics)
+        if objective.learns_from_steps:
+            tags |= set(objective.settle([(batch, result)], None))
+    return tags
 
 
 def test_every_tag_is_documented(run: RunDir, report_at: Any, progress_at: Any, token_work: Any, decode_bytes: Any) -> None:
