@@ -35,7 +35,7 @@ void with_type(DType dtype, const Body& body) {
 }
 
 // e times something at x, where e = exp(x): 0 times minus infinity, the limit of which is 0, would be NaN. exponential compares
-// x with the same number, so this costs nothing.
+// x with the same number, so one comparison serves both.
 template <typename W>
 inline W product_at(W x, W e, W other) {
   return x < kUnderflow<W> ? W(0) : e * other;
