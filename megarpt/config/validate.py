@@ -285,8 +285,8 @@ def held_out_streams_are_read(cfg: PretrainConfig) -> str | None:
             if rule is None:
                 return f"{key}: nothing reads it, as this run selects no tokens; set evaluation.split_fraction or remove it"
             if stream not in reference_streams(rule):
-                read = " and ".join(reference_streams(rule))
-                return f"{key}: held-out tokens are ranked by {' and '.join(_scorers(rule).values())}, which reads {read}; remove it"
+                scorers, read = (" and ".join(names) for names in (_scorers(rule).values(), reference_streams(rule)))
+                return f"{key}: held-out tokens are ranked by {scorers}, which reads {read}; remove it"
             if cfg.objective.reference is not None:
                 return f"{key}: given together with objective.reference, so one of them has no effect; keep one"
     return None
@@ -299,9 +299,9 @@ def split_has_a_reference(cfg: PretrainConfig) -> str | None:
     needed = reference_streams(rule)
     if any(set(needed) <= set(corpus.streams) for corpus in cfg.data.valid.values()):
         return None
-    stream = next(iter(needed))
+    stream, missing = needed[0], " and ".join(needed)
     return (
-        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {' and '.join(needed)} to rank tokens by; "
+        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {missing} to rank tokens by; "
         f"write it with `megarpt score` and name it: data.valid.NAME={{path: PREFIX, streams: {{{stream}: SIDECAR}}}}"
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megarpt.objectives.weighting import TokenWeights
 from megarpt.structs import Progress, TokenBatch, TokenStats
 
-Metric = tuple[Tensor, Tensor]  # (numerator, denominator), [] fp32 each, both sum-reduced over micro-batches and ranks
+Metric = tuple[Tensor, Tensor]  # (numerator, denominator), [] fp32 or fp64, both sum-reduced over micro-batches and ranks
 
 
 class ObjectiveOutput(NamedTuple):

@@ -16,6 +16,7 @@ from megarpt.errors import CheckpointError, ConfigError
 from megarpt.objectives.base import Metric, ObjectiveOutput
 from megarpt.objectives.scoring import TokenScorer
 from megarpt.objectives.weighting import TokenWeighting, TokenWeights
+from megarpt.ops.token_select import selection_sums
 from megarpt.structs import Progress, TokenBatch, TokenStats
 
 
@@ -151,30 +152,31 @@ class WeightedLanguageModel:
         self, nll: Tensor, scores: Sequence[Tensor], chosen: TokenWeights, batch: TokenBatch
     ) -> dict[str, Metric]:
         """What tells a selection that works from a run that diverges: the dropped tokens' loss may rise for ever."""
-        valid, kept = batch.loss_mask, chosen.weight > 0.0
-        dropped = valid & ~kept
+        valid, kept, previous = batch.loss_mask, chosen.weight > 0.0, chosen.previous_threshold
+        ref_nll = batch.streams.get("ref_nll")
+        score = scores[0] if scores else None
+        for other in scores[1:]:  # NaN where one of the scores is, and otherwise the first
+            score = torch.where(other.isnan(), other, score)
+        sums = selection_sums(nll, score, ref_nll, valid, kept, previous)
         metrics = {
-            "select/kept_fraction": (_count(kept), _count(valid)),
-            "select/all_loss_nats": (_masked_sum(nll, valid), _count(valid)),
-            "select/kept_loss_nats": (_masked_sum(nll, kept), _count(kept)),
-            "select/dropped_loss_nats": (_masked_sum(nll, dropped), _count(dropped)),
+            "select/kept_fraction": (sums.num_kept, sums.num_valid),
+            "select/all_loss_nats": (sums.nll_valid, sums.num_valid),
+            "select/kept_loss_nats": (sums.nll_kept, sums.num_kept),
+            "select/dropped_loss_nats": (sums.nll_dropped, sums.num_valid - sums.num_kept),
         }
         if scores:
-            nan = torch.stack(list(scores)).isnan().any(dim=0)
-            metrics["select/nan_scores"] = (_count(valid & nan), _count(valid))
-        ref_nll = batch.streams.get("ref_nll")
+            metrics["select/nan_scores"] = (sums.num_nan_scores, sums.num_valid)
         if ref_nll is not None:
-            known = valid & ~ref_nll.isnan()
-            metrics["select/ref_nll_nats"] = (_masked_sum(ref_nll, known), _count(known))
-            metrics["select/excess_nats"] = (_masked_sum(nll - ref_nll, known), _count(known))
+            metrics["select/ref_nll_nats"] = (sums.reference_nll, sums.num_known)
+            metrics["select/excess_nats"] = (sums.excess, sums.num_known)
         if chosen.threshold is not None:
             metrics["select/threshold"] = _where_finite(chosen.threshold)
-        if chosen.previous_threshold is not None:
-            same = valid & ((scores[0] >= chosen.previous_threshold) == kept)
-            known = valid & ~chosen.previous_threshold.isnan()
-            metrics["select/agreement_with_previous_threshold"] = (_count(same & known), _count(known))
+        if previous is not None:
+            is_known = (~previous.isnan()).double()
+            agreement = (sums.num_agreeing * is_known, sums.num_valid * is_known)
+            metrics["select/agreement_with_previous_threshold"] = agreement
         for i, one in enumerate(chosen.sets):
-            metrics[f"select/kept_fraction/set_{i}"] = (_count(one.weight > 0.0), _count(valid))
+            metrics[f"select/kept_fraction/set_{i}"] = (_count(one.weight > 0.0), sums.num_valid)
             if one.threshold is not None:
                 metrics[f"select/threshold/set_{i}"] = _where_finite(one.threshold)
         if self.num_sources > 1:
@@ -191,10 +193,6 @@ class WeightedLanguageModel:
 
 def _count(mask: Tensor) -> Tensor:
     return mask.sum().float()
-
-
-def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, values, 0.0).sum()
 
 
 def _where_finite(value: Tensor) -> Metric:
