@@ -155,8 +155,8 @@ class WeightedLanguageModel:
         valid, kept, previous = batch.loss_mask, chosen.weight > 0.0, chosen.previous_threshold
         ref_nll = batch.streams.get("ref_nll")
         score = scores[0] if scores else None
-        for other in scores[1:]:  # NaN where one of the scores is, and otherwise the first
-            score = torch.where(other.isnan(), other, score)
+        if len(scores) > 1:  # NaN where one of the scores is, and otherwise the first
+            score = torch.where(scores[1].isnan(), scores[1], scores[0])
         sums = selection_sums(nll, score, ref_nll, valid, kept, previous)
         metrics = {
             "select/kept_fraction": (sums.num_kept, sums.num_valid),
