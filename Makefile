@@ -3,6 +3,7 @@
 #   make demo    train with and without token selection on real text, end with curves and a verdict   DEVICE=cuda for a GPU
 #   make smoke   a two-minute version of it
 #   make test    all tests
+#   make sanitize  the tests of the ops, with the compiled extension under the address and undefined-behaviour sanitizers
 #   make test-gpu  what only a GPU can show: builds the kernels with nvcc, runs tests/gpu, also under compute-sanitizer
 #   make lint    ruff, mypy, import contracts, spelling, clang-format
 #   make bench   measurements, one script of tools/bench_*.py after another
@@ -14,9 +15,9 @@ DEVICE ?= auto
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
-EXTRAS := dev,demo,fast,parquet
+EXTRAS := dev,demo,fast,parquet,hf
 
-.PHONY: demo smoke test test-gpu lint bench setup clean
+.PHONY: demo smoke test test-gpu sanitize lint bench setup clean
 .DEFAULT_GOAL := setup
 
 demo: $(STAMP)
@@ -27,6 +28,15 @@ smoke: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest --durations=10 $(ARGS)
+
+# A copy of the package with an extension of its own, so that the one in the tree stays as it is.
+SANITIZED := build/sanitize
+sanitize: $(STAMP)
+	rm -rf $(SANITIZED)
+	MEGARPT_SANITIZE=1 MEGARPT_BUILD=cpu $(PY) setup.py -q build --build-base $(SANITIZED)
+	MEGARPT_SANITIZE=1 PYTHONPATH="$$(echo $$PWD/$(SANITIZED)/lib*):$$PWD" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(VENV)/bin/pytest tests/unit/ops tests/parity tests/csrc/test_sanitizer.py $(ARGS)
 
 test-gpu: $(STAMP)
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
@@ -54,7 +64,7 @@ bench: $(STAMP)
 setup: $(STAMP)
 
 # torch first and pinned exactly, so that no other requirement can choose another build of it.
-$(STAMP): pyproject.toml setup.py constraints.txt | $(PY)
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f) | $(PY)
 	$(PY) -m pip install --quiet --progress-bar off $(TORCH)
 	$(PY) -m pip install --quiet --progress-bar off -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

@@ -82,7 +82,7 @@ class BuildExtension(build_ext):
                 self.warn(f"megarpt._C could not be built {what}({error}); MEGARPT_BUILD=cpu or cuda makes this an error")
 
     def build_one(self, ext: Extension, with_cuda: bool) -> None:
-        import pybind11  # here, not above (pyproject.toml names it as a build requirement; other commands do not need it)
+        import pybind11  # a build requirement; commands that build nothing do without
 
         include = [str(CSRC), pybind11.get_include()]
         macros = [("MEGARPT_X86", None)] if is_x86() else []

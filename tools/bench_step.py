@@ -4,6 +4,11 @@
 
 Prints tokens per CPU second of both, their ratio, the largest loss difference, and the share of the limit: the time the matrix
 products alone take at the rate this machine reaches in the same run.
+
+    python tools/bench_step.py --selection --threads 1
+
+Instead: a step of four micro-batches with a selection of 60% under every scope, reference losses at hand as from a sidecar,
+over a step of ordinary language modeling.
 """
 
 from __future__ import annotations
@@ -14,7 +19,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +48,17 @@ from megarpt.train.timers import StepTimers, attach  # noqa: E402
 LR = 1e-3
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
 BATCH, SEQUENCE = 8, 512
+MICRO_BATCHES, FRACTION = 4, 0.6  # of --selection
 
 
-def megarpt_step(
-    groups: ProcessGroups, precision: str, *, timed: bool = False
-) -> tuple[Callable[[TokenBatch], float], dict[str, torch.Tensor]]:
-    """One step of megarpt, and the weights it starts from; `timed` as in a run, where every part of the step is measured."""
+def train_step(
+    groups: ProcessGroups, precision: str, objective: ObjectiveConfig
+) -> tuple[TrainStep, Callable[[], PerfMeter], dict[str, torch.Tensor]]:
+    """A step of megarpt, what has every part of it measured from then on, and the weights it starts from."""
     cfg = tiny_config(
         **{
             "data.seq_length": SEQUENCE,
+            "objective": objective.model_dump(),
             "train.train_tokens": 1 << 40,
             "train.precision": precision,
             "optimizer": {"lr": LR, "min_lr": LR, "lr_decay_style": "constant"},
@@ -59,11 +68,23 @@ def megarpt_step(
     chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=VOCAB)
     optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
     timers = StepTimers(MACHINE.clock())
-    step = TrainStep(chunks, build_objective(ObjectiveConfig(), 1), optimizer, scheduler, groups, timers=timers)
+    step = TrainStep(chunks, build_objective(objective, 1), optimizer, scheduler, groups, timers=timers)
+
+    def measured() -> PerfMeter:
+        attach(timers, chunks, optimizer)
+        return PerfMeter(timers=timers)
+
+    return step, measured, unwrap(chunks[0]).state_dict()
+
+
+def megarpt_step(
+    groups: ProcessGroups, precision: str, *, timed: bool = False
+) -> tuple[Callable[[TokenBatch], float], dict[str, torch.Tensor]]:
+    """One step of megarpt, and the weights it starts from; `timed` as in a run, where every part of the step is measured."""
+    step, measured, weights = train_step(groups, precision, ObjectiveConfig())
     if not timed:
-        return lambda batch: step([batch], Progress()).loss_nats, unwrap(chunks[0]).state_dict()
-    attach(timers, chunks, optimizer)
-    meter = PerfMeter(timers=timers)
+        return lambda batch: step([batch], Progress()).loss_nats, weights
+    meter = measured()
 
     def timed_step(batch: TokenBatch) -> float:
         with meter.step():
@@ -71,7 +92,7 @@ def megarpt_step(
         meter.scalars()
         return report.loss_nats
 
-    return timed_step, unwrap(chunks[0]).state_dict()
+    return timed_step, weights
 
 
 def plain_step(weights: dict[str, torch.Tensor], precision: str, compiled: bool) -> Callable[[TokenBatch], float]:
@@ -147,18 +168,55 @@ def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool, t
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compiled", action="store_true", help="also the plain loop under torch.compile")
-    parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
-    parser.add_argument("--output", type=Path, help="write the rows as JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    groups = ParallelLayout().initialize(seed=1)
-    rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]
+def scored_batches(seed: int) -> list[TokenBatch]:
+    """The micro-batches of a step, with reference losses that differ from the model's by about one nat."""
+    size = BATCH // MICRO_BATCHES
+    noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(seed)) + torch.log(torch.tensor(float(VOCAB)))
+    rows = [slice(i * size, (i + 1) * size) for i in range(MICRO_BATCHES)]
+    return [replace(random_batch(BATCH, SEQUENCE, VOCAB, seed, span), streams={"ref_nll": noise[span]}) for span in rows]
+
+
+def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[dict[str, float | str]]:
+    """Ordinary language modeling and every scope in turn, step by step, over the same batches."""
+    objectives = {"language modeling": ObjectiveConfig()}
+    for scope in get_args(ObjectiveConfig.model_fields["scope"].annotation):
+        objectives[scope] = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION, scope=scope)
+    runs = {name: train_step(groups, precision, objective)[0] for name, objective in objectives.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    kept: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(steps + 2):
+        batches = scored_batches(i)
+        for name, step in runs.items():
+            start = time.process_time()
+            report = step(batches, Progress(step=i))
+            if i >= 2:  # the first two steps warm up
+                seconds[name].append(time.process_time() - start)
+                kept[name].append(report.num_tokens / (BATCH * SEQUENCE))
+    plain = statistics.median(seconds["language modeling"])
+    return [
+        {
+            "precision": precision,
+            "objective": name,
+            "cpu_s": statistics.median(values),
+            "times_language_modeling": statistics.median(values) / plain,
+            "kept": statistics.fmean(kept[name]),
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def show_scopes(rows: list[dict[str, float | str]]) -> Table:
+    table = Table(
+        title=f"a step of {MICRO_BATCHES} micro-batches of {BATCH // MICRO_BATCHES} x {SEQUENCE}, {FRACTION:.0%} kept"
+    )
+    for column in rows[0]:
+        table.add_column(column.replace("_", " "))
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()))
+    return table
+
+
+def show(rows: list[dict[str, float | str]]) -> Table:
     table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
     table.add_column("")
     for row in rows:
@@ -166,7 +224,28 @@ def main() -> None:
     for key in [key for key in rows[0] if key != "precision"]:
         values = [row[key] for row in rows]
         table.add_row(key.replace("_", " "), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
-    Console().print(table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="also the plain loop under torch.compile")
+    parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
+    parser.add_argument("--selection", action="store_true", help="instead: the cost of selecting tokens, scope by scope")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON")
+    args = parser.parse_args()
+    if args.selection and (args.compiled or args.timed):
+        parser.error("--compiled and --timed compare with the plain loop, which --selection leaves out")
+    torch.set_num_threads(args.threads)
+    groups = ParallelLayout().initialize(seed=1)
+    if args.selection:
+        rows = [row for precision in args.precision for row in compare_scopes(groups, precision, args.steps)]
+    else:
+        rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]
+    Console().print(show_scopes(rows) if args.selection else show(rows))
     if args.output:
         args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     MACHINE.close()

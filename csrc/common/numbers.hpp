@@ -83,6 +83,10 @@ inline Float16 narrow<Float16>(float value) {
   return {static_cast<uint16_t>(sign | result)};
 }
 
+// e^x is 0 below this.
+template <typename W>
+constexpr W kUnderflow = sizeof(W) == sizeof(float) ? W(-87.3365) : W(-746);
+
 // e^x within 2 units in the last place; 0 below -87.3, where e^x is subnormal; NaN for NaN. For x of at most 88.
 inline float exponential(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the mantissa's low bits
@@ -98,7 +102,7 @@ inline float exponential(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const float scaled = p * as_float((as_bits(shifted) << 23) + 0x3f800000u);
-  return x < -87.3365f ? 0.0f : scaled;
+  return x < kUnderflow<float> ? 0.0f : scaled;
 }
 inline double exponential(double x) { return std::exp(x); }
 

@@ -13,10 +13,6 @@ namespace {
 constexpr int64_t kBlock = 1024;      // columns worked on at a time: their wide copy stays in the first-level cache
 constexpr int64_t kParallel = 32768;  // fewer entries than this are not worth waking other threads
 
-// exp of this is 0, and it is finite: 0 times it is 0, as the limit of x exp x is, where 0 times minus infinity is NaN.
-template <typename W>
-constexpr W kLowest = sizeof(W) == sizeof(float) ? W(-110) : W(-760);
-
 // A gradient has its logits' type, or half precision where they have single.
 template <typename T, typename O>
 constexpr bool kCanNarrow = std::is_same_v<T, O> || (std::is_same_v<T, float> && sizeof(O) < sizeof(float));
@@ -38,9 +34,11 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
+// e times something at x, where e = exp(x): 0 times minus infinity, the limit of which is 0, would be NaN. exponential compares
+// x with the same number, so one comparison serves both.
 template <typename W>
-inline W bounded(W x) {
-  return x < kLowest<W> ? kLowest<W> : x;  // NaN stays NaN
+inline W product_at(W x, W e, W other) {
+  return x < kUnderflow<W> ? W(0) : e * other;
 }
 
 template <typename T, typename W>
@@ -83,9 +81,9 @@ void add_row(const T* logits, int64_t cols, int64_t label, int64_t first_column,
     if (state.weighted) {
 #pragma omp simd reduction(+ : partial, partial_weighted)
       for (int64_t j = 0; j < count; ++j) {
-        const W below = bounded(block[j] - origin), e = exponential(below);
+        const W below = block[j] - origin, e = exponential(below);
         partial += e;
-        partial_weighted += e * below;
+        partial_weighted += product_at(below, e, below);
       }
       weighted += partial_weighted;
     } else {
@@ -108,8 +106,8 @@ void gradient_row(const T* logits, O* out, int64_t cols, int64_t first_column, t
   if (gradient.slope) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const W log_p = bounded((widen(logits[j]) * scale - largest) - log_sum);
-      out[j] = narrow<O>(exponential(log_p) * (constant + slope * log_p));
+      const W log_p = (widen(logits[j]) * scale - largest) - log_sum;
+      out[j] = narrow<O>(product_at(log_p, exponential(log_p), constant + slope * log_p));
     }
   } else {
 #pragma omp simd

@@ -199,6 +199,7 @@ __global__ void __launch_bounds__(kBlock, kResident<typename Wide<T>::type>)
   const T* row = logits + i * stride;
   const int head = before_packs(row, cols), num_packs = (cols - head) / kSize, behind = head + num_packs * kSize;
   const auto* packs = reinterpret_cast<const Pack<T, kSize>*>(row + head);
+  const W before = state.largest[i];
   Part<W> part;
   int p = t, rose_at = 0;  // the packs loaded together among which is the thread's first largest logit
   for (; p + (kCount - 1) * kGroup < num_packs; p += kCount * kGroup) {
@@ -223,7 +224,6 @@ __global__ void __launch_bounds__(kBlock, kResident<typename Wide<T>::type>)
   if constexpr (kWeighted) {
     weighted = over_group<kGroup>(factor * (part.weighted + shift * part.sum), shared_weighted, plus);
   }
-  const W before = state.largest[i];
   const bool rises = largest > before;
   int best = kNowhere;
   if (rises) {  // the few threads that saw the row's largest logit look for its column

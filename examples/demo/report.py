@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import selection  # a sibling file
 
+from megarpt.run.selection_page import Selection
 from megarpt.train.metrics_file import read_metrics
 
 CLM_COLOR, SLM_COLOR, GRID_COLOR = "#64748b", "#e4572e", "#e5e7eb"
@@ -71,8 +71,8 @@ def write(out: Path, seconds: Mapping[str, float], console: Console) -> None:
         measured = json.loads((out / "results" / f"{name}.json").read_text())["corpora"]["heldout"]
         if abs(measured["loss_nats"] - curve[-1].nats) > AGREEMENT_NATS:
             raise ValueError(f"{out / name}: checkpoint has {measured['loss_nats']} nats, its curve ends at {curve[-1].nats}")
-    fraction = float(yaml.safe_load((out / "slm" / "config.yaml").read_text())["objective"]["fraction"])
-    pages = selection.read_pages(out, fraction)
+    chosen = Selection.read_json(out / "results" / "probe.json")
+    pages = selection.read_pages(out, chosen)
     shares = selection.kept_shares(pages)
     needed = tokens_to_reach(slm, clm[-1].nats)
     share = None if needed is None else needed / clm[-1].tokens
@@ -87,13 +87,13 @@ def write(out: Path, seconds: Mapping[str, float], console: Console) -> None:
         "reference_nats": reference.nats,
         "reference_top1": reference.top1,
         "student_tokens": clm[-1].tokens,
-        "fraction": fraction,
+        "fraction": chosen.fraction,
         "kept_share": shares,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "total_seconds": round(sum(seconds.values()), 1),
     }
     (out / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
-    (out / "selection.html").write_text(selection.html_page(pages, shares, fraction), encoding="utf-8")
+    (out / "selection.html").write_text(selection.html_page(chosen, pages, shares), encoding="utf-8")
     plot(out / "demo.png", clm, slm, needed, shares)
     show(out, clm, slm, reference, share, shares, pages, verdict["total_seconds"], console)
 

@@ -97,6 +97,9 @@ def build_stages(out: Path, scale: Scale, device: str) -> list[Stage]:
         argv = ("megarpt", "evaluate", str(out / model), "--corpus", f"heldout={data / 'heldout'}", "--output", "json")
         return Command((*argv, "--device", device), f"evaluate_{model}", out / "results" / f"{model}.json")
 
+    probe = ("python", "tools/show_selection.py", str(out / "slm"), "--reference", str(out / "reference"))
+    probe += ("--corpus", str(data / "probe"), "--documents", "all", "--max-shown", "1000000")
+    probe += ("--json", str(out / "results" / "probe.json"), "--device", device)
     generate = ("megarpt", "generate", str(out / "slm"), "--prompt", PROMPT, "--max-new-tokens", "40", "--temperature", "0.7")
     return [
         Stage(
@@ -164,14 +167,10 @@ def build_stages(out: Path, scale: Scale, device: str) -> list[Stage]:
             "Evaluate: held-out clean text, which tokens were kept, a generated sentence",
             (
                 *(evaluate(model) for model in ("clm", "slm")),
-                score("reference", "probe", "probe_reference"),
-                score("slm", "probe", "probe_slm"),
+                Command(probe, "show_selection"),
                 Command((*generate, "--device", device), "generate", out / "results" / "generated.txt"),
             ),
-            (
-                out / "results",
-                *(data / f"probe_{model}{suffix}" for model in ("reference", "slm") for suffix in (".bin", ".idx", ".json")),
-            ),
+            (out / "results",),
             needs=("students",),
             side_by_side=True,
         ),

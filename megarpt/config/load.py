@@ -201,7 +201,7 @@ def _explain(model: type[Section], key: Key, detail: ErrorDetails) -> str:
         return f"got {got}, expected at least {detail['ctx']['min_length']} entry"
     if kind == "string_too_short":
         return "got empty text, expected at least one character"
-    return f"got {got}, {detail['msg'].replace('Input should be', 'expected', 1)}"
+    return f"got {got}, {detail['msg'].removeprefix('Value error, ').replace('Input should be', 'expected', 1)}"
 
 
 def _unknown(model: type[Section], key: Key, got: str) -> str:

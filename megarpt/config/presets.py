@@ -61,6 +61,12 @@ class Preset:
     vocab_size: int
     parameters: int
 
+    def gpt_arguments(self, over: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of GPTModel: the preset's, and over them those that are not None."""
+        given = {name: value for name, value in over.items() if value is not None}
+        arguments = {"max_sequence_length": self.max_sequence_length, **self.gpt, **given}
+        return arguments | {"rope_scaling": True} if "rope_scaling_factor" in arguments else arguments
+
 
 PRESETS: Mapping[str, Preset] = {
     # trains on a laptop

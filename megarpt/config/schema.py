@@ -12,6 +12,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
+def _bare_prefix(value: object) -> object:
+    """A held-out corpus without sidecars is written as its prefix alone."""
+    if not isinstance(value, str | dict | BaseModel):
+        raise ValueError("expected a prefix, or a section with the keys path and streams")
+    return {"path": value} if isinstance(value, str) else value
+
+
 def _whole(value: object) -> object:
     """Token counts are written as 3e8 by people; anything else that is not an integer stays an error."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -49,6 +56,21 @@ class RunConfig(Section):
     """`auto` takes CUDA when it is usable."""
 
 
+class GptConfig(Section):
+    """Arguments of megatron-core's GPTModel, over the preset's; null takes the preset's."""
+
+    max_sequence_length: Positive | None = None
+    """Longest sample the model may be given."""
+    share_embeddings_and_output_weights: bool | None = None
+    """One matrix for the embedding and the output layer."""
+    rotary_base: Annotated[float, Field(gt=1.0)] | None = None
+    """Base of the rotary angles."""
+    rope_scaling_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Llama 3's scaling of long wavelengths, for a model that was first trained on 8192 positions."""
+    seq_len_interpolation_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Divides all positions (linear scaling)."""
+
+
 class ModelConfig(Section):
     """Which network."""
 
@@ -60,6 +82,8 @@ class ModelConfig(Section):
     """The vocabulary is padded to a multiple of this times tensor_model_parallel_size; padded entries carry no probability."""
     init_from: Text | None = None
     """Run folder or checkpoint whose weights start this run (weights only; step, optimizer and data start afresh)."""
+    gpt: GptConfig = Field(default_factory=GptConfig)
+    """Arguments of megatron-core's GPTModel, over the preset's."""
     mcore: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig, over the preset's."""
 
@@ -75,6 +99,15 @@ class CorpusSource(Section):
     """Per-token sidecars: stream name -> prefix, for example `ref_nll: data/mix_ref_nll`."""
 
 
+class HeldOutCorpus(Section):
+    """One held-out corpus."""
+
+    path: Text
+    """Prefix of the `.bin`, `.idx` and `.json` files."""
+    streams: dict[str, Text] = Field(default_factory=dict)
+    """Per-token sidecars, as in data.train; with them held-out loss is split into kept-like and dropped-like tokens."""
+
+
 class DataConfig(Section):
     """What is read."""
 
@@ -82,8 +115,9 @@ class DataConfig(Section):
     """A sentencepiece `.model`, a Hugging Face `tokenizer.json`, or `bytes`."""
     train: list[CorpusSource] = Field(min_length=1)
     """The training blend."""
-    valid: dict[str, Text] = Field(default_factory=dict)
-    """Held-out corpora: name -> prefix. Each is evaluated on all of its tokens unless evaluation.max_tokens is set."""
+    valid: dict[str, Annotated[HeldOutCorpus, BeforeValidator(_bare_prefix)]] = Field(default_factory=dict)
+    """Held-out corpora: name -> prefix, or name -> `{path: prefix, streams: {ref_nll: sidecar}}`. Each is evaluated on all of
+    its tokens unless evaluation.max_tokens is set; a sidecar is what evaluation.split_fraction needs."""
     seq_length: Positive = 1024
     """Tokens per sample."""
     separate_documents: bool = True
@@ -140,6 +174,15 @@ class ReferenceConfig(Section):
     """Run folder or checkpoint of the reference model; its tokenizer must be the run's."""
 
 
+class SecondSetConfig(Section):
+    """A second choice of tokens, made beside the first."""
+
+    scorer: Literal["excess_loss", "loss", "reference_loss", "reference_entropy", "random"]
+    """What ranks tokens for it; another one than objective.scorer."""
+    fraction: Fraction
+    """The share of valid tokens in it."""
+
+
 class ObjectiveConfig(Section):
     """What a token is worth."""
 
@@ -150,9 +193,15 @@ class ObjectiveConfig(Section):
     """`uniform`: every valid token counts 1. `top_fraction`: the best-scored share counts 1, the rest 0."""
     fraction: Fraction = 1.0
     """top_fraction only: the share of valid tokens that is kept."""
-    scope: Literal["sequence", "microbatch", "global_batch"] = "global_batch"
-    """top_fraction only: the set within which tokens compete. global_batch is exact; with more than one micro-batch it
-    costs a scoring forward pass."""
+    scope: Literal["sequence", "microbatch", "rank", "global_batch", "lagged_global_batch"] = "global_batch"
+    """top_fraction only: the set within which tokens compete. `rank`: all samples of a step on one data-parallel rank, so it
+    follows the layout. `global_batch`: all of the step. Both are exact and cost a scoring forward pass when there is more than
+    one micro-batch. `lagged_global_batch` costs none: it keeps what reaches the exact threshold of the step before, and is for
+    runs that start from trained weights."""
+    second: SecondSetConfig | None = None
+    """top_fraction only: another set of tokens, chosen in the same scope by another scorer, to combine with the first."""
+    combine: Literal["intersection", "union"] = "intersection"
+    """With `second`: keep the tokens that are in both sets, or those that are in one of them."""
     reference: ReferenceConfig | None = None
     """Score with this model during training instead of reading the sidecar."""
 
@@ -168,7 +217,9 @@ class TrainConfig(Section):
     """Stop (exit code 76) after this many skipped steps in a row: not finite, or spikes that stability.on_spike skips. Each is
     skipped on every rank and its batch dumped."""
     head_chunk_tokens: NonNegative = 0
-    """Tokens per chunk of logits. 0 chooses: the whole micro-batch when its logits are small, chunks otherwise."""
+    """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
+    head_keep_mib: NonNegative = 128
+    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none."""
 
 
 class ParallelConfig(Section):
@@ -207,6 +258,9 @@ class EvaluationConfig(Section):
     """Limit per corpus; null is all of it."""
     micro_batch_size: Positive | None = None
     """Samples per evaluation forward pass; null takes batch.micro_batch_size."""
+    split_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Report also the loss of the held-out tokens that selection would keep at this fraction, and of those it would drop, for
+    corpora with a known reference loss. null takes objective.fraction; a run that selects nothing then reports none."""
 
 
 class CheckpointConfig(Section):

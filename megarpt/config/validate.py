@@ -86,6 +86,25 @@ def model_fields(cfg: PretrainConfig) -> Mapping[str, Any]:
     return {**(preset.transformer if preset else {}), **cfg.model.mcore}
 
 
+def split_rule(cfg: PretrainConfig) -> ObjectiveConfig | None:
+    """How evaluation tells kept-like from dropped-like tokens among all of a corpus; None when it does not.
+
+    A baseline that trains on all tokens, or on some chosen without a reference, is split as the run it is compared with is.
+    """
+    objective, fraction = cfg.objective, cfg.evaluation.split_fraction
+    if not reference_streams(objective):
+        objective = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=objective.fraction)
+    changes = {"scope": "global_batch"} | ({} if fraction is None else {"fraction": fraction})
+    rule = objective.model_copy(update=changes)
+    return None if rule.fraction == 1.0 and rule.second is None else rule
+
+
+def reference_streams(cfg: ObjectiveConfig) -> tuple[str, ...]:
+    """The per-token streams of the reference model that the objective reads."""
+    streams = (STREAM_OF_SCORER.get(scorer) for scorer in _scorers(cfg).values())
+    return tuple(dict.fromkeys(stream for stream in streams if stream is not None))
+
+
 def preset_exists(cfg: PretrainConfig) -> str | None:
     if cfg.model.preset in PRESETS:
         return None
@@ -95,13 +114,25 @@ def preset_exists(cfg: PretrainConfig) -> str | None:
 
 
 def sequence_fits_the_preset(cfg: PretrainConfig) -> str | None:
-    preset = PRESETS.get(cfg.model.preset)
-    if preset is None or cfg.data.seq_length <= preset.max_sequence_length:
+    preset, given = PRESETS.get(cfg.model.preset), cfg.model.gpt.max_sequence_length
+    if preset is None or cfg.data.seq_length <= (given or preset.max_sequence_length):
         return None
+    if given is not None:
+        return f"data.seq_length: got {cfg.data.seq_length}, expected at most {given}, model.gpt.max_sequence_length"
     return (
         f"data.seq_length: got {cfg.data.seq_length}, expected at most {preset.max_sequence_length}, the positions of preset "
         f"{cfg.model.preset}"
     )
+
+
+def rotary_settings_have_rotary_angles(cfg: PretrainConfig) -> str | None:
+    preset, gpt = PRESETS.get(cfg.model.preset), cfg.model.gpt
+    if preset is None or preset.gpt["position_embedding_type"] == "rope":
+        return None
+    for name in ("rotary_base", "rope_scaling_factor", "seq_len_interpolation_factor"):
+        if getattr(gpt, name) is not None:
+            return f"model.gpt.{name}: has no effect with preset {cfg.model.preset}, whose positions are learned; remove it"
+    return None
 
 
 def activation_is_known(cfg: PretrainConfig) -> str | None:
@@ -185,8 +216,43 @@ def scope_is_used(cfg: PretrainConfig) -> str | None:
     return _only_with_top_fraction(cfg, "scope")
 
 
+def second_set_is_used(cfg: PretrainConfig) -> str | None:
+    return _only_with_top_fraction(cfg, "second")
+
+
+def second_set_has_another_scorer(cfg: PretrainConfig) -> str | None:
+    second = cfg.objective.second
+    if second is None or second.scorer != cfg.objective.scorer:
+        return None
+    return (
+        f"objective.second.scorer: got {second.scorer!r}, which objective.scorer is too: one of the two sets would lie within "
+        "the other and have no effect; choose another scorer"
+    )
+
+
+def combine_has_two_sets(cfg: PretrainConfig) -> str | None:
+    if cfg.objective.second is not None or cfg.objective.combine == ObjectiveConfig.model_fields["combine"].default:
+        return None
+    return (
+        f"objective.combine: got {cfg.objective.combine!r}, which has no effect without objective.second; set "
+        "objective.second.scorer and objective.second.fraction or remove it"
+    )
+
+
+def kept_share_is_known_to_the_routers(cfg: PretrainConfig) -> str | None:
+    fields = model_fields(cfg)
+    coefficient = fields.get("moe_aux_loss_coeff", 0.0)
+    is_balanced = any(coefficient) if isinstance(coefficient, list) else bool(coefficient)
+    if cfg.objective.second is None or fields.get("num_moe_experts") is None or not is_balanced:
+        return None
+    return (
+        "objective.second: the balance loss of a mixture of experts is weighed by the share of tokens that are kept, which for "
+        "two combined sets is not known before the step; remove it or set model.mcore.moe_aux_loss_coeff=0.0"
+    )
+
+
 def reference_is_used(cfg: PretrainConfig) -> str | None:
-    if cfg.objective.reference is None or cfg.objective.scorer in STREAM_OF_SCORER:
+    if cfg.objective.reference is None or reference_streams(cfg.objective):
         return None
     return (
         f"objective.reference: objective.scorer {cfg.objective.scorer} reads nothing from a reference model; "
@@ -195,34 +261,49 @@ def reference_is_used(cfg: PretrainConfig) -> str | None:
 
 
 def reference_losses_have_one_origin(cfg: PretrainConfig) -> str | None:
-    stream = STREAM_OF_SCORER.get(cfg.objective.scorer)
-    if stream is None:
-        return None
-    without = [index for index, source in enumerate(cfg.data.train) if stream not in source.streams]
-    if cfg.objective.reference is None and without:
-        index = without[0]
-        return (
-            f"data.train.{index}.streams: no {stream}, which objective.scorer {cfg.objective.scorer} reads; "
-            f"write it with `megarpt score` and name it here, or set objective.reference.checkpoint"
-        )
-    if cfg.objective.reference is not None and len(without) < len(cfg.data.train):
-        index = next(index for index in range(len(cfg.data.train)) if index not in without)
-        return (
-            f"data.train.{index}.streams.{stream}: given together with objective.reference, so one of them has no effect; "
-            "keep one"
-        )
-    return None
+    mistakes = (_stream_has_one_origin(cfg, key, scorer) for key, scorer in _scorers(cfg.objective).items())
+    return next((mistake for mistake in mistakes if mistake is not None), None)
 
 
 def streams_are_known(cfg: PretrainConfig) -> str | None:
     known = get_args(Stream)
-    for index, source in enumerate(cfg.data.train):
-        for name in source.streams:
+    sources = {f"data.train.{index}": source.streams for index, source in enumerate(cfg.data.train)}
+    for where, streams in (sources | {f"data.valid.{name}": each.streams for name, each in cfg.data.valid.items()}).items():
+        for name in streams:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-                return f"data.train.{index}.streams.{name}: unknown stream; {hint}"
+                return f"{where}.streams.{name}: unknown stream; {hint}"
     return None
+
+
+def held_out_streams_are_read(cfg: PretrainConfig) -> str | None:
+    rule = split_rule(cfg)
+    for name, corpus in cfg.data.valid.items():
+        for stream in corpus.streams:
+            key = f"data.valid.{name}.streams.{stream}"
+            if rule is None:
+                return f"{key}: nothing reads it, as this run selects no tokens; set evaluation.split_fraction or remove it"
+            if stream not in reference_streams(rule):
+                scorers, read = (" and ".join(names) for names in (_scorers(rule).values(), reference_streams(rule)))
+                return f"{key}: held-out tokens are ranked by {scorers}, which reads {read}; remove it"
+            if cfg.objective.reference is not None:
+                return f"{key}: given together with objective.reference, so one of them has no effect; keep one"
+    return None
+
+
+def split_has_a_reference(cfg: PretrainConfig) -> str | None:
+    fraction, rule = cfg.evaluation.split_fraction, split_rule(cfg)
+    if fraction is None or rule is None or cfg.objective.reference is not None:
+        return None
+    needed = reference_streams(rule)
+    if any(set(needed) <= set(corpus.streams) for corpus in cfg.data.valid.values()):
+        return None
+    stream, missing = needed[0], " and ".join(needed)
+    return (
+        f"evaluation.split_fraction: got {fraction}, but no corpus of data.valid has the stream {missing} to rank tokens by; "
+        f"write it with `megarpt score` and name it: data.valid.NAME={{path: PREFIX, streams: {{{stream}: SIDECAR}}}}"
+    )
 
 
 def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
@@ -237,7 +318,7 @@ def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
 def evaluation_has_corpora(cfg: PretrainConfig) -> str | None:
     if cfg.data.valid:
         return None
-    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None)):
+    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None), ("split_fraction", None)):
         got = getattr(cfg.evaluation, name)
         if got != unset:
             return f"evaluation.{name}: got {got}, but data.valid names no corpus to evaluate"
@@ -429,6 +510,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
 RULES: tuple[Rule, ...] = (
     preset_exists,
     sequence_fits_the_preset,
+    rotary_settings_have_rotary_angles,
     activation_is_known,
     global_batch_is_whole_micro_batches,
     min_lr_is_below_lr,
@@ -442,11 +524,17 @@ RULES: tuple[Rule, ...] = (
     scorer_is_used,
     fraction_is_used,
     scope_is_used,
+    second_set_is_used,
+    second_set_has_another_scorer,
+    combine_has_two_sets,
+    kept_share_is_known_to_the_routers,
     reference_is_used,
     reference_losses_have_one_origin,
     streams_are_known,
     held_out_names_are_plain,
     evaluation_has_corpora,
+    held_out_streams_are_read,
+    split_has_a_reference,
     kept_checkpoints_are_saved,
     *LAYOUT_RULES,
     profiled_steps_are_trained,
@@ -570,6 +658,32 @@ def _only_with_top_fraction(cfg: PretrainConfig, name: str) -> str | None:
         f"objective.{name}: got {got!r}, which has no effect with objective.weighting {cfg.objective.weighting}; "
         f"set objective.weighting=top_fraction or remove it"
     )
+
+
+def _scorers(cfg: ObjectiveConfig) -> dict[str, str]:
+    """Key -> scorer."""
+    second = {} if cfg.second is None else {"objective.second.scorer": cfg.second.scorer}
+    return {"objective.scorer": cfg.scorer, **second}
+
+
+def _stream_has_one_origin(cfg: PretrainConfig, key: str, scorer: str) -> str | None:
+    stream = STREAM_OF_SCORER.get(scorer)
+    if stream is None:
+        return None
+    without = [index for index, source in enumerate(cfg.data.train) if stream not in source.streams]
+    if cfg.objective.reference is None and without:
+        index = without[0]
+        return (
+            f"data.train.{index}.streams: no {stream}, which {key} {scorer} reads; "
+            f"write it with `megarpt score` and name it here, or set objective.reference.checkpoint"
+        )
+    if cfg.objective.reference is not None and len(without) < len(cfg.data.train):
+        index = next(index for index in range(len(cfg.data.train)) if index not in without)
+        return (
+            f"data.train.{index}.streams.{stream}: given together with objective.reference, so one of them has no effect; "
+            "keep one"
+        )
+    return None
 
 
 def _declared_twice(section: str, block: dict[str, object]) -> str | None:

@@ -57,14 +57,21 @@ def build_train_batches(
     return batches
 
 
-def build_eval_sets(cfg: PretrainConfig, tokenizer: Tokenizer) -> dict[str, WindowDataset]:
-    """The held-out corpora by name, for `evaluation_batches`.
+def build_eval_sets(cfg: PretrainConfig, tokenizer: Tokenizer, streams: Sequence[str] = ()) -> dict[str, WindowDataset]:
+    """The held-out corpora by name, for `evaluation_batches`, each with those of `streams` that it has a sidecar of.
 
     Raises:
         ConfigError: the model's vocabulary is too small.
-        DataError: a corpus is damaged or was made with another tokenizer.
+        DataError: a corpus or a sidecar is damaged or belongs to something else.
     """
-    return {name: open_corpus(cfg, tokenizer, path, where=f"data.valid.{name}") for name, path in cfg.data.valid.items()}
+    datasets = {}
+    for name, corpus in cfg.data.valid.items():
+        dataset = open_corpus(cfg, tokenizer, corpus.path, where=f"data.valid.{name}")
+        for stream in streams:
+            if stream in corpus.streams:
+                dataset.add_stream(stream, corpus.streams[stream])
+        datasets[name] = dataset
+    return datasets
 
 
 def open_corpus(cfg: PretrainConfig, tokenizer: Tokenizer, prefix: str, *, where: str) -> WindowDataset:

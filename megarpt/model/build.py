@@ -143,7 +143,6 @@ def build_network(
         config=config,
         transformer_layer_spec=decoder_spec(config, backend, pp_rank=pp_rank, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(cfg.model, vocab_size, config.tensor_model_parallel_size),
-        max_sequence_length=preset.max_sequence_length,
         pre_process=pp_rank == 0 and not vp_stage,
         post_process=pp_rank == last_stage and vp_stage in (None, last_piece),
         parallel_output=True,
@@ -151,7 +150,8 @@ def build_network(
         vp_stage=vp_stage,
         valid_vocab_size=valid,
         head_chunk_tokens=cfg.train.head_chunk_tokens,
-        **preset.gpt,
+        head_keep_bytes=cfg.train.head_keep_mib * 2**20,
+        **preset.gpt_arguments(cfg.model.gpt.model_dump()),
     )
 
 

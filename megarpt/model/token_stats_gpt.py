@@ -13,8 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megarpt.ops.linear_logprob import linear_logprob
-from megarpt.ops.linear_top1 import VocabShard, linear_top1
+from megarpt.ops.linear_logprob import VocabShard, linear_logprob, linear_top1
 
 
 class HeadMode(enum.Enum):
@@ -31,11 +30,14 @@ class TokenStatsGPT(GPTModel):
     Without labels it behaves as megatron-core's own model: logits, KV cache and all.
     """
 
-    def __init__(self, *args: Any, valid_vocab_size: int, head_chunk_tokens: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, valid_vocab_size: int, head_chunk_tokens: int = 0, head_keep_bytes: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.valid_vocab_size = valid_vocab_size
-        self.head_chunk_tokens = head_chunk_tokens
+        self.head_chunk_tokens, self.head_keep_bytes = head_chunk_tokens, head_keep_bytes
         self.head_mode = HeadMode.LOGPROB
+        self.rope_scaling_factor = kwargs.get("rope_scaling_factor")
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.cp_group = None  # angles are gathered by position, so every rank keeps the whole table
 
@@ -75,8 +77,9 @@ class TokenStatsGPT(GPTModel):
             targets,
             entropy=self.head_mode is HeadMode.LOGPROB_ENTROPY,
             chunk_tokens=self.head_chunk_tokens or None,
+            keep_bytes=self.head_keep_bytes,
             tp_group=shard.group,
             vocab_start=shard.start,
             vocab_size=shard.size,
-            accumulate_main_grad=torch.is_grad_enabled() and getattr(weight, "main_grad", None) is not None,
+            accumulate_into=getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None,
         )

@@ -14,7 +14,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megarpt.objectives.weighting import TokenWeights
 from megarpt.structs import Progress, TokenBatch, TokenStats
+
+Metric = tuple[Tensor, Tensor]  # (numerator, denominator), [] fp32 or fp64, both sum-reduced over micro-batches and ranks
 
 
 class ObjectiveOutput(NamedTuple):
@@ -22,10 +25,15 @@ class ObjectiveOutput(NamedTuple):
 
     loss_sum: Tensor  # [] fp32, differentiable; the sum over trained tokens, never a mean
     num_tokens: Tensor  # [] int32, how many units `loss_sum` is to be divided by once summed over all ranks and micro-batches
-    metrics: Mapping[str, tuple[Tensor, Tensor]]  # name -> (numerator, denominator), each [] fp32, both sum-reduced
+    metrics: Mapping[str, Metric]  # the same names for every micro-batch of every step on every rank
     token_loss: Tensor  # [b, s] fp32, detached nll of every label, for dumps, histograms and samples
     weight: Tensor  # [b, s] fp32, what each token was worth
-    score: Tensor | None  # [b, s] fp32, detached; what the weighting ranked by, None without a scorer
+    scores: tuple[Tensor, ...]  # [b, s] fp32, detached, one for each scorer: what the weighting ranked by
+
+    @property
+    def score(self) -> Tensor | None:
+        """Of the first scorer; None without one."""
+        return self.scores[0] if self.scores else None
 
 
 class Objective(Protocol):
@@ -34,6 +42,8 @@ class Objective(Protocol):
     streams: tuple[str, ...]  # names of `TokenBatch.streams` it needs; checked against the data before step 0
     needs_entropy: bool
 
-    def __call__(self, stats: TokenStats, batch: TokenBatch, weight: Tensor | None, progress: Progress) -> ObjectiveOutput:
-        """`weight` is given when it was decided for the whole global batch beforehand, None otherwise."""
+    def __call__(
+        self, stats: TokenStats, batch: TokenBatch, chosen: TokenWeights | None, progress: Progress
+    ) -> ObjectiveOutput:
+        """`chosen` is given when it was decided for several micro-batches together beforehand, None otherwise."""
         ...

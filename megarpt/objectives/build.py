@@ -7,7 +7,7 @@ from collections.abc import Callable
 from megarpt.config.schema import ObjectiveConfig
 from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.objectives.scoring import ExcessLoss, Loss, Random, ReferenceEntropy, ReferenceLoss, TokenScorer
-from megarpt.objectives.weighting import TokenWeighting, TopFraction, Uniform
+from megarpt.objectives.weighting import Combination, LaggedTopFraction, TokenWeighting, TopFraction, Uniform
 
 SCORERS: dict[str, Callable[[int], TokenScorer | None]] = {
     "none": lambda seed: None,
@@ -19,7 +19,7 @@ SCORERS: dict[str, Callable[[int], TokenScorer | None]] = {
 }
 WEIGHTINGS: dict[str, Callable[[ObjectiveConfig], TokenWeighting]] = {
     "uniform": lambda cfg: Uniform(),
-    "top_fraction": lambda cfg: TopFraction(cfg.fraction, cfg.scope),
+    "top_fraction": lambda cfg: _top_fraction(cfg),
 }
 
 
@@ -32,4 +32,16 @@ def build_objective(cfg: ObjectiveConfig, seed: int, num_sources: int = 1) -> We
     Raises:
         ConfigError: top_fraction without a scorer.
     """
-    return WeightedLanguageModel(SCORERS[cfg.scorer](seed), WEIGHTINGS[cfg.weighting](cfg), num_sources)
+    second = SCORERS[cfg.second.scorer](seed) if cfg.second is not None else None
+    return WeightedLanguageModel(SCORERS[cfg.scorer](seed), WEIGHTINGS[cfg.weighting](cfg), num_sources, second)
+
+
+def _top_fraction(cfg: ObjectiveConfig) -> TokenWeighting:
+    first = _one_set(cfg, cfg.fraction)
+    return first if cfg.second is None else Combination(first, _one_set(cfg, cfg.second.fraction), cfg.combine)
+
+
+def _one_set(cfg: ObjectiveConfig, fraction: float) -> TokenWeighting:
+    if cfg.scope == "lagged_global_batch":
+        return LaggedTopFraction(fraction)
+    return TopFraction(fraction, cfg.scope)

@@ -6,6 +6,7 @@ a local variable does: on a GPU the call only queues work on the current stream,
 
 from __future__ import annotations
 
+import importlib
 import logging
 from functools import cache
 from types import ModuleType
@@ -16,13 +17,12 @@ from torch import Tensor
 
 from megarpt.device.runtime import current_stream_address
 
+_C: ModuleType | None = None
+_REASON = ""
 try:
-    from megarpt import _C
+    _C = importlib.import_module("megarpt._C")
 except ImportError as error:
-    _C = None
     _REASON = str(error)
-else:
-    _REASON = ""
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -66,6 +66,7 @@ _LIBRARIES = (
     _Library("orjson", "orjson", "orjson", "reads jsonl corpora", _INSTALL, needed=True),
     _Library("zstandard", "zstandard", "zstandard", "reads .zst corpora", _INSTALL, needed=True),
     _Library("pyarrow", "pyarrow.parquet", "pyarrow", "reads .parquet corpora", "pip install -e .[parquet]"),
+    _Library("safetensors", "safetensors.torch", "safetensors", "tools/convert_checkpoint.py", "pip install -e .[hf]"),
     _Library(
         "tensorboard", "torch.utils.tensorboard", "tensorboard", "curves, histograms, samples of a run", _INSTALL, needed=True
     ),
@@ -122,7 +123,7 @@ def examine(
     findings += _megatron(imports, version_of, torch)
     for library in _LIBRARIES:
         findings.append(_library(imports, version_of, library))
-    findings += [_extension(imports), _compiler(which, torch)]
+    findings += [_extension(imports, torch), _compiler(which, torch)]
     return findings
 
 
@@ -230,12 +231,17 @@ def _library(imports: Import, version_of: Callable[[str], str], library: _Librar
     return Finding(library.component, "active", f"{version}; {library.purpose}", needed=library.needed)
 
 
-def _extension(imports: Import) -> Finding:
-    name = "megarpt._C"
-    module, finding = _load(imports, name, "compiled extension", needed=False, remedy="")
-    if module is None and finding.status == "absent":
-        return Finding("compiled extension", "absent", "not part of this version; the plain torch paths are used")
-    return finding
+def _extension(imports: Import, torch: Any) -> Finding:
+    name, remedy = "compiled extension", f"{_INSTALL}, with a C++ compiler; MEGARPT_BUILD=cpu makes a failure an error"
+    module, finding = _load(imports, "megarpt._C", name, needed=False, remedy=remedy)
+    if module is None:
+        plain = "plain torch does its work, slower and in more memory"
+        return replace(finding, detail=f"{finding.detail or 'not built'}; {plain}", remedy=remedy)
+    gpu = torch is not None and torch.version.cuda is not None and torch.cuda.is_available()
+    if gpu and not module.has_cuda:
+        detail = f"CPU ({module.instruction_set}) only; on the GPU plain torch does its work"
+        return Finding(name, "absent", detail, f"MEGARPT_BUILD=cuda {_INSTALL}")
+    return Finding(name, "active", f"CPU ({module.instruction_set})" + (", CUDA" if module.has_cuda else ""))
 
 
 def _compiler(which: Callable[[str], str | None], torch: Any) -> Finding:

@@ -9,7 +9,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
-from megarpt.config.schema import EvaluateOptions
+from megarpt.config.schema import EvaluateOptions, HeldOutCorpus
 from megarpt.data.build import build_eval_sets
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
@@ -42,7 +42,7 @@ def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
         options.checkpoint, runtime, layout, groups, options.parallel, micro_batch_size=options.micro_batch_size
     )
     cfg = trained.config
-    corpora = options.corpora or cfg.data.valid
+    corpora = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()} or cfg.data.valid
     if not corpora:
         raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megarpt.config.schema import PretrainConfig
-from megarpt.config.validate import STREAM_OF_SCORER
+from megarpt.config.validate import reference_streams, split_rule
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.data.build import build_eval_sets, build_train_batches
 from megarpt.device.runtime import Runtime
@@ -29,6 +29,7 @@ from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
 from megarpt.train.evaluation import evaluate
 from megarpt.train.failures import Peers, together
+from megarpt.train.held_out_split import HeldOutSplit
 from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
@@ -96,7 +97,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             streams=() if reference else objective.streams,
             share_over=groups.tp,
         )
-        eval_sets = build_eval_sets(cfg, tokenizer)
+        rule = split_rule(cfg)
+        eval_sets = build_eval_sets(cfg, tokenizer, reference_streams(rule) if rule is not None else ())
         if cfg.data.verify == "values":
             datasets = [*batches.datasets, *eval_sets.values()]
             verify_contents(datasets, runtime, on_block=partial(wait_in, "reading the data"), record=folder.verified_path)
@@ -171,6 +173,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
                     runtime.device,
                     micro_batch_size=cfg.evaluation.micro_batch_size or cfg.batch.micro_batch_size,
                     max_tokens=cfg.evaluation.max_tokens,
+                    split=_held_out_split(cfg, folder, groups, reference, resume),
                 ),
                 save=partial(checkpoints.save, model=chunks, optimizer=optimizer, scheduler=scheduler),
                 restore=restore,
@@ -217,7 +220,25 @@ def _online_reference(
             f"{reference.tokenizer.sha256[:12]}, expected the run's ({cfg.data.tokenizer}, {tokenizer_sha256[:12]}); "
             "losses of different tokens cannot be compared: train a reference with this tokenizer"
         )
-    return OnlineReference(reference.network, groups, [STREAM_OF_SCORER[cfg.objective.scorer]])
+    return OnlineReference(reference.network, groups, reference_streams(cfg.objective))
+
+
+def _held_out_split(
+    cfg: PretrainConfig, folder: RunDir, groups: ProcessGroups, reference: OnlineReference | None, resume: Progress | None
+) -> HeldOutSplit | None:
+    """How evaluation tells kept-like from dropped-like tokens: by the run's own rule, among all tokens of a corpus."""
+    rule = split_rule(cfg)
+    if rule is None:
+        return None
+    return HeldOutSplit(
+        folder.split_dir,
+        build_objective(rule, cfg.run.seed),
+        rule.model_dump(),
+        groups,
+        annotate=reference,
+        resumes_at=resume.step if resume else None,
+        is_writer=folder.is_writer,
+    )
 
 
 def _perf_meter(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarpt.config.schema import ParallelConfig, PretrainConfig
+from megarpt.config.schema import HeldOutCorpus, ParallelConfig, PretrainConfig
 from megarpt.config.validate import layout_problems
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.device.runtime import Runtime
@@ -26,6 +26,21 @@ class Pretrained:
     config: PretrainConfig
     tokenizer: Tokenizer
     network: TokenStatsGPT
+
+
+def only_held_out(config: PretrainConfig) -> HeldOutCorpus:
+    """The held-out corpus of a run that has one, for tools that look at one corpus.
+
+    Raises:
+        ConfigError: it has none or several.
+    """
+    valid = config.data.valid
+    if len(valid) != 1:
+        raise ConfigError(
+            f"--corpus: the run has {len(valid)} held-out corpora ({', '.join(valid) or 'none'}), expected exactly one to take "
+            "by itself; name the prefix of one"
+        )
+    return next(iter(valid.values()))
 
 
 def load_pretrained(

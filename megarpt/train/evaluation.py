@@ -9,6 +9,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megarpt.data.batches import evaluation_batches
 from megarpt.data.windows import WindowDataset
@@ -16,7 +17,8 @@ from megarpt.model.forward import token_accuracy
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import TokenBatch
-from megarpt.train.reports import EvaluationResult
+from megarpt.train.held_out_split import HeldOutSplit, KeptSet
+from megarpt.train.reports import EvaluationResult, PartSums, TokenSplit
 
 _BATCHES_PER_STAGE = 4  # micro-batches in the pipeline at a time, for each stage: its bubble is a fifth
 
@@ -30,11 +32,25 @@ def evaluate(
     *,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    split: HeldOutSplit | None = None,
+    step: int = 0,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, EvaluationResult]:
     """One pass over each held-out corpus, split over the data-parallel ranks.
 
-    Collectives: the model's; one all-reduce of three sums per corpus over the data-parallel group.
+    Args:
+        chunks: of this rank.
+        datasets: the corpora by name.
+        groups: of the layout.
+        device: where batches are wanted.
+        micro_batch_size: windows of a forward pass.
+        max_tokens: limit per corpus.
+        split: tells kept-like from dropped-like tokens, whose sums are then reported as well.
+        step: optimizer steps done.
+        on_batch: called after every micro-batch.
+
+    Cost: a forward pass; where `split` has yet to choose, also the reference's, and some 30 bytes a token until it has chosen.
+    Collectives: the model's; one all-reduce of nine sums per corpus over the data-parallel group; those of `split`.
     Error: sums are kept in fp64.
     """
     was_training = chunks[0].training
@@ -43,7 +59,12 @@ def evaluate(
     results = {}
     for name, dataset in datasets.items():
         started = time.perf_counter()
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, correct
+        splits = split if split is not None and split.applies_to(dataset) else None
+        kept = splits.find(name, dataset, max_tokens, device) if splits is not None else None
+        chooser = splits if kept is None else None  # then sums wait until it is known which tokens are kept
+        seen: list[TokenBatch] = []
+        outputs: list[tuple[Tensor, Tensor]] = []  # (logprob, correct) of the same batches; empty before the last stage
+        sums = torch.zeros(3, 3, dtype=torch.float64, device=device)  # (all, kept, dropped) x (nats, tokens, correct)
         batches = evaluation_batches(
             dataset,
             micro_batch_size=micro_batch_size,
@@ -53,25 +74,43 @@ def evaluate(
             max_tokens=max_tokens,
         )
         for together in in_pipeline_loads(batches, groups):
-            for batch, (logprob, correct) in zip(together, token_accuracy(chunks, together, groups), strict=False):
-                valid = batch.loss_mask
-                sums += torch.stack([-logprob[valid].double().sum(), valid.sum().double(), (correct & valid).sum().double()])
+            if chooser is not None:
+                seen += chooser.annotated(together)
+                outputs += token_accuracy(chunks, together, groups)
+            else:
+                for batch, output in zip(together, token_accuracy(chunks, together, groups), strict=False):
+                    sums += _sums(batch, *output, kept)
             for _ in together:
                 on_batch()
+        if chooser is not None:
+            kept = chooser.choose(name, dataset, max_tokens, seen, [logprob for logprob, _ in outputs], step)
+            for batch, output in zip(seen, outputs, strict=False):
+                sums += _sums(batch, *output, kept)
         dist.all_reduce(sums, group=groups.dp)
-        sums = from_last_stage(sums.cpu(), groups)
-        nats, tokens, hits = sums.tolist()
+        every, like_kept, like_dropped = from_last_stage(sums.cpu(), groups).tolist()
         text_bytes = dataset.manifest.text_bytes
         results[name] = EvaluationResult(
-            loss_sum_nats=nats,
-            num_tokens=int(tokens),
-            num_correct=int(hits),
+            loss_sum_nats=every[0],
+            num_tokens=int(every[1]),
+            num_correct=int(every[2]),
             bytes_per_token=text_bytes / dataset.num_tokens if text_bytes else None,
             seconds=time.perf_counter() - started,
+            split=None if kept is None else TokenSplit(PartSums(*like_kept), PartSums(*like_dropped), kept.step),
         )
     for chunk in chunks:
         chunk.train(was_training)
     return results
+
+
+def _sums(batch: TokenBatch, logprob: Tensor, correct: Tensor, kept: KeptSet | None) -> Tensor:
+    """Nats, tokens and correct ones of all, kept-like and dropped-like tokens. Shapes: -> [3, 3] fp64."""
+    valid = batch.loss_mask
+    nothing = torch.zeros_like(valid)
+    is_kept = nothing if kept is None else kept.mask(batch)
+    parts = [valid, valid & is_kept, nothing if kept is None else valid & ~is_kept]
+    return torch.stack(
+        [torch.stack([-logprob[part].double().sum(), part.sum().double(), (correct & part).sum().double()]) for part in parts]
+    )
 
 
 def in_pipeline_loads(batches: Iterator[TokenBatch], groups: ProcessGroups) -> Iterator[list[TokenBatch]]:

@@ -17,6 +17,24 @@ MACHINE_PREFIXES = ("time/", "perf/", "mem/", "sys/")
 _ORDER_DIGITS = 16  # of the fingerprint's 64: enough to tell runs apart, short enough to read
 
 
+@dataclass(frozen=True, slots=True)
+class PartSums:
+    """Global sums over some of the labels of a held-out corpus."""
+
+    loss_sum_nats: float
+    num_tokens: float  # whole
+    num_correct: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSplit:
+    """The labels of a held-out corpus in two parts, the same at every evaluation of a run."""
+
+    kept_like: PartSums  # what the run's selection rule would keep
+    dropped_like: PartSums
+    step: int  # the evaluation whose losses decided
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationResult:
     """Global sums over the labels of one held-out corpus; every valid label counts, whatever training selects."""
@@ -26,6 +44,7 @@ class EvaluationResult:
     num_correct: int  # labels that were the most likely token
     bytes_per_token: float | None  # bytes of text / tokens of the whole corpus, from its manifest; None when unknown
     seconds: float
+    split: TokenSplit | None = None
 
     def __post_init__(self) -> None:
         if self.num_tokens <= 0:
@@ -62,6 +81,14 @@ class EvaluationResult:
         }
         if self.bits_per_byte is not None:
             tags[f"valid/{name}/bits_per_byte"] = self.bits_per_byte
+        if self.split is not None:
+            tags[f"valid/{name}/split_step"] = float(self.split.step)
+            for part in ("kept_like", "dropped_like"):
+                sums: PartSums = getattr(self.split, part)
+                tags[f"valid/{name}/{part}_tokens"] = sums.num_tokens
+                if sums.num_tokens:
+                    tags[f"valid/{name}/{part}_loss_nats"] = sums.loss_sum_nats / sums.num_tokens
+                    tags[f"valid/{name}/{part}_top1"] = sums.num_correct / sums.num_tokens
         return tags
 
 

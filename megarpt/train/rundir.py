@@ -5,6 +5,7 @@
     exit.json          how the newest attempt ended ("running" while it has not, or when it was killed), and all before it
     run.lock           held by the process that trains here
     verified.json      which data files were read and found whole
+    valid_split/       which held-out tokens count as kept-like
     faults/attempt_<n>/   why an attempt failed or hung, written by the ranks concerned
     metrics.jsonl, tensorboard/, checkpoints/, dumps/, profile/   written by others
 
@@ -67,6 +68,7 @@ _FREE_KEYS = (
     "train.train_tokens",
     "train.max_skipped_steps",
     "train.head_chunk_tokens",
+    "train.head_keep_mib",
     "parallel",
     "model.mcore.recompute_granularity",
     "model.mcore.recompute_method",
@@ -182,6 +184,10 @@ class RunDir:
     @property
     def profile_dir(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def split_dir(self) -> Path:
+        return self.path / "valid_split"
 
     def faults_dir(self, attempt: int) -> Path:
         """Of one attempt; the first is 0, as `restarts` counts them."""
@@ -344,14 +350,14 @@ def may_differ(difference: Difference, config: PretrainConfig) -> bool:
     """Whether a run may be continued although this key changed.
 
     Where and how often things are written, evaluation, the parallel layout, the device and the compilation may change. The
-    micro-batch may, unless tokens compete within it. The length may; the decay that is measured by it, unless the learning
-    rate is constant, may not.
+    micro-batch may, unless tokens compete within it, or within a rank, whose samples follow from it. The length may; the decay
+    that is measured by it, unless the learning rate is constant, may not.
     """
     key = difference.key
     if any(key == free or key.startswith((free + ".", free + "[")) for free in _FREE_KEYS):
         return True
     if key == "batch.micro_batch_size":
-        return config.objective.weighting != "top_fraction" or config.objective.scope != "microbatch"
+        return config.objective.weighting != "top_fraction" or config.objective.scope not in ("microbatch", "rank")
     if key == "optimizer.lr_decay_tokens":
         return config.optimizer.lr_decay_style == "constant"
     return False

@@ -20,8 +20,12 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
 from megarpt.errors import CheckpointError, DataError
@@ -96,12 +100,47 @@ def tensor_names(directory: Path) -> list[str]:
     return sorted(name for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata))
 
 
+def stored_tensors(directory: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of the tensors of a `model` or `training` folder."""
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    return {name: (entry.properties.dtype, tuple(entry.size)) for name, entry in tensors.items()}
+
+
 def read_tensor(directory: Path, name: str) -> torch.Tensor:
     """One whole tensor in host memory. No collectives."""
     stored: Any = FileSystemReader(directory).read_metadata().state_dict_metadata[name]
     tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
     _read({name: tensor}, directory)
     return tensor
+
+
+def read_slice(directory: Path, name: str, index: int) -> torch.Tensor:
+    """One entry along the first dimension, such as a layer of parameters that are stored together. No collectives.
+
+    Cost: reads the shards that hold a piece of it, one at a time.
+    """
+    reader = FileSystemReader(directory)
+    metadata = reader.read_metadata()
+    stored: Any = metadata.state_dict_metadata[name]
+    tensor = torch.empty(stored.size[1:], dtype=stored.properties.dtype)
+    offsets, sizes = torch.Size([index, *([0] * tensor.dim())]), torch.Size([1, *tensor.shape])
+    wanted = [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = LoadPlan(create_read_items_for_chunk_list(name, stored, wanted))
+    reader.read_data(plan, _IntoOneTensor(tensor[None])).wait()
+    return tensor
+
+
+class _IntoOneTensor(DefaultLoadPlanner):
+    """Takes whatever is read into the one tensor."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return narrow_tensor_by_index(self._tensor, read_item.dest_offsets, read_item.lengths)
 
 
 def read_objects(directory: Path) -> dict[str, Any]:

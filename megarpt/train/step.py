@@ -5,6 +5,7 @@ Dims: b micro-batch, s sequence.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,12 +23,15 @@ from torch import Tensor
 from megarpt.model.experts import take_balance_losses
 from megarpt.model.forward import head_output, run_schedule, token_stats
 from megarpt.model.token_stats_gpt import HeadMode
-from megarpt.objectives.base import ObjectiveOutput
+from megarpt.objectives.base import Metric, ObjectiveOutput
 from megarpt.objectives.language_model import WeightedLanguageModel
+from megarpt.objectives.weighting import TokenWeights
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress, StepReport, TokenBatch, TokenStats
 from megarpt.train.timers import StepTimers
+
+logger = logging.getLogger(__name__)
 
 Annotate = Callable[[Sequence[TokenBatch]], Sequence[TokenBatch]]
 Guard = Callable[[float, float], bool]  # (loss, gradient norm), finite -> whether the update is held back, on every rank
@@ -40,7 +44,7 @@ class TrainStep:
     The objective runs on the last pipeline stage; the others learn the numbers of the report from it.
 
     Collectives: megatron-core's pipeline exchange and gradient reduction; one all-reduce of packed metric sums over the
-    data-parallel group and, with a pipeline, one broadcast of them; the selection's own when it is global.
+    data-parallel group and, with a pipeline, one broadcast of them; the selection's own when ranks choose together.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class TrainStep:
         self.chunks, self.objective, self.optimizer, self.scheduler = list(chunks), objective, optimizer, scheduler
         self.groups, self.annotate, self.guard, self.timers = groups, annotate, guard, timers or StepTimers()
         self.outputs: list[Output] = []  # of the last step, for dumps, histograms and samples; empty before the last stage
+        self._has_run = False
         config = get_model_config(chunks[0])
         config.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups.collection)
         config.grad_scale_func = None
@@ -69,17 +74,24 @@ class TrainStep:
                 batches = self.annotate(batches)
         for chunk in self.chunks:
             chunk.train()
+        if not self._has_run and self.objective.awaits_a_step:
+            logger.info(
+                "objective.scope lagged_global_batch: there is no threshold of a step before; in step %d the best tokens of "
+                "every micro-batch are kept",
+                progress.step + 1,
+            )
+        self._has_run = True
         # With one micro-batch the scores come out of the training forward itself; with more, a scoring pass goes first.
-        weights: Sequence[Tensor | None] = [None] * len(batches)
-        if self.objective.selects_globally and len(batches) > 1:
-            weights = self._scoring_pass(batches, progress) or weights
+        chosen: Sequence[TokenWeights | None] = [None] * len(batches)
+        if self.objective.spans_micro_batches and len(batches) > 1:
+            chosen = self._scoring_pass(batches, progress) or chosen
         self.outputs = []
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         run_schedule(
             self.chunks,
-            list(zip(batches, weights, strict=True)),
+            list(zip(batches, chosen, strict=True)),
             partial(self._forward_step, progress=progress),
             self.groups,
             forward_only=False,
@@ -87,7 +99,7 @@ class TrainStep:
         device, config = batches[0].tokens.device, get_model_config(self.chunks[0])
         balance = take_balance_losses(config, self.groups, len(batches), device)
         tokens_seen = sum(batch.tokens.numel() for batch in batches) * self.groups.dp_size
-        return self._update(tokens_seen, balance)
+        return self._update(tokens_seen, self._settle(), balance)
 
     @torch.no_grad()
     def parameters_are_finite(self) -> bool:
@@ -114,17 +126,24 @@ class TrainStep:
         """
         return from_last_stage(self.outputs[0] if self.outputs else None, self.groups)
 
-    def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[Tensor]:
+    def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[TokenWeights]:
         """Weights of all micro-batches, chosen together, on the last stage. Cost: one more forward pass."""
         stats = token_stats(self.chunks, batches, self.groups, entropy=self.objective.needs_entropy)
         with self.timers.phase("select"):
             return self.objective.select(stats, batches, progress, self.groups.dp) if stats else []
 
+    def _settle(self) -> dict[str, Metric]:
+        """What a selection learns from the step, once the pipeline is empty: on the last stage, where the scores are."""
+        if not self.objective.learns_from_steps or not self.outputs:
+            return {}
+        with self.timers.phase("select"):
+            return self.objective.settle(self.outputs, self.groups.dp)
+
     def _forward_step(
-        self, work: Iterator[tuple[TokenBatch, Tensor | None]], model: torch.nn.Module, *, progress: Progress
+        self, work: Iterator[tuple[TokenBatch, TokenWeights | None]], model: torch.nn.Module, *, progress: Progress
     ) -> tuple[Tensor, Callable[[Tensor], Any] | None]:
         """megatron-core's contract: (output, loss function of it)."""
-        batch, weight = next(work)
+        batch, given = next(work)
         mode = HeadMode.LOGPROB_ENTROPY if self.objective.needs_entropy else HeadMode.LOGPROB
         head = head_output(model, batch, mode)
         if isinstance(head, Tensor):
@@ -132,8 +151,8 @@ class TrainStep:
         stats = TokenStats(*head)
 
         def loss_function(_output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            chosen = weight
-            if chosen is None and self.objective.selects_globally:
+            chosen = given
+            if chosen is None and self.objective.spans_micro_batches:
                 entropy = None if stats.entropy is None else stats.entropy.detach()
                 detached = TokenStats(stats.logprob.detach(), entropy)
                 with self.timers.phase("select"):
@@ -146,12 +165,12 @@ class TrainStep:
 
         return stats.logprob, loss_function
 
-    def _update(self, tokens_seen: int, metrics: Mapping[str, float]) -> StepReport:
+    def _update(self, tokens_seen: int, settled: Mapping[str, Metric], metrics: Mapping[str, float]) -> StepReport:
         """Clip and step, unless anything is not finite or the guard holds it back.
 
         The learning rate is that of the tokens this step has seen.
         """
-        sums = self._reduce_metrics()
+        sums = self._reduce_metrics(settled)
         found_inf = self.optimizer.prepare_grads()
         with self.timers.phase("grad_norm"):
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -178,14 +197,14 @@ class TrainStep:
             if optimizer.config.clip_grad > 0.0 and not optimizer.is_stub_optimizer:
                 clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
 
-    def _reduce_metrics(self) -> dict[str, tuple[float, float]]:
+    def _reduce_metrics(self, settled: Mapping[str, Metric]) -> dict[str, tuple[float, float]]:
         """name -> (numerator, denominator), summed over micro-batches and data-parallel ranks. One all-reduce, one sync."""
-        return from_last_stage(_summed(self.outputs, self.groups) if self.outputs else {}, self.groups)
+        return from_last_stage(_summed(self.outputs, settled, self.groups) if self.outputs else {}, self.groups)
 
 
-def _summed(outputs: Sequence[Output], groups: ProcessGroups) -> dict[str, tuple[float, float]]:
+def _summed(outputs: Sequence[Output], settled: Mapping[str, Metric], groups: ProcessGroups) -> dict[str, tuple[float, float]]:
     one = torch.ones((), device=outputs[0][1].loss_sum.device)
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    pairs: dict[str, list[Metric]] = {name: [pair] for name, pair in settled.items()}
     for _, out in outputs:
         own = {"loss_sum": (out.loss_sum, one), "num_tokens": (out.num_tokens, one)}
         for name, pair in (own | dict(out.metrics)).items():

@@ -164,7 +164,7 @@ class Trainer:
             self.stop.check(f"in the evaluation after step {step}")
 
         with self.monitor.phase("evaluation"):
-            results = self._evaluate(on_batch=on_batch)
+            results = self._evaluate(on_batch=on_batch, step=step)
         self.monitor.evaluation(results, self.state.progress)
         self.evaluated_at = step
 

@@ -96,6 +96,9 @@ def describe_model(network: torch.nn.Module) -> dict[str, Any]:
     described["model.preset (position_embedding_type)"] = network.position_embedding_type
     described["model.preset (share_embeddings_and_output_weights)"] = network.share_embeddings_and_output_weights
     described["model.preset (rotary_base)"] = getattr(network, "rotary_base", None)
+    described["model.gpt.rope_scaling_factor"] = network.rope_scaling_factor
+    rotary = getattr(network, "rotary_pos_emb", None)
+    described["model.gpt.seq_len_interpolation_factor"] = getattr(rotary, "seq_len_interpolation_factor", None)
     described[_VOCABULARY] = network.valid_vocab_size
     return described
 

@@ -111,7 +111,7 @@ def test_ci_runs_lint_and_test():
 def test_pins_agree_with_what_is_declared():
     pinned = pins()
     declared = project()["dependencies"] + [
-        each for extra in ("dev", "demo", "fast", "parquet") for each in project()["optional-dependencies"][extra]
+        each for extra in ("dev", "demo", "fast", "parquet", "hf") for each in project()["optional-dependencies"][extra]
     ]
     for requirement in map(Requirement, declared):
         assert requirement.specifier.contains(pinned[normal(requirement.name)]), requirement

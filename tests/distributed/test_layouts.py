@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megarpt.config.schema import ParallelConfig, PretrainConfig
+from megarpt.config.validate import reference_streams
 from megarpt.device import runtime
 from megarpt.errors import ConfigError
 from megarpt.model.build import build_inference_network, build_model, unwrap
@@ -77,6 +78,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "lm": {},
     "selection": {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6},
     "entropy": {"scorer": "reference_entropy", "weighting": "top_fraction", "fraction": 0.6, "scope": "sequence"},
+    "rank": {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6, "scope": "rank"},
+    "lagged": {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6, "scope": "lagged_global_batch"},
+    "both": {
+        "scorer": "reference_loss",
+        "weighting": "top_fraction",
+        "fraction": 0.8,
+        "second": {"scorer": "reference_entropy", "fraction": 0.7},
+    },
 }
 
 
@@ -126,12 +135,12 @@ def configuration(case: dict[str, Any], parallel: dict[str, Any]) -> PretrainCon
 def online_reference(
     case: dict[str, Any], cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, folder: Path
 ) -> OnlineReference:
-    """A reference model of another depth than the student."""
+    """A reference model of another depth than the student, with the streams that the objective reads."""
     smaller = {**cfg.model.mcore, "num_layers": 2}
     own = cfg.model_copy(update={"model": cfg.model.model_copy(update={"mcore": smaller})})
     network = build_inference_network(own, layout.without_interleaving(), groups, runtime.start("cpu"), vocab_size=VOCAB)
     weights_from_one_process([network], folder / "reference")
-    return OnlineReference(network, groups, ["ref_nll"])
+    return OnlineReference(network, groups, reference_streams(cfg.objective))
 
 
 def weights_from_one_process(chunks: list[torch.nn.Module], folder: Path) -> None:
@@ -176,6 +185,9 @@ CASES: dict[str, dict[str, Any]] = {
     "lm": {},
     "selection": {"objective": OBJECTIVES["selection"]},
     "sequence-selection": {"objective": OBJECTIVES["entropy"]},
+    "rank-selection": {"objective": OBJECTIVES["rank"]},
+    "lagged-selection": {"objective": OBJECTIVES["lagged"]},
+    "online-intersection": {"objective": OBJECTIVES["both"], "online": True},
     "online": {"objective": OBJECTIVES["selection"], "online": True},
     "bf16": {"objective": OBJECTIVES["selection"], "precision": "bf16"},
     "recompute-full": {"mcore": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}},
@@ -244,6 +256,23 @@ def test_an_online_reference_selects_the_same_tokens(layout: str, alone: Any) ->
 @pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2"])
 def test_selection_within_sequences_agrees(layout: str, alone: Any) -> None:
     check("sequence-selection", *LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["cp2", "pp2"])
+def test_selection_within_a_rank_agrees_where_the_data_parallel_size_does(layout: str, alone: Any) -> None:
+    check("rank-selection", *LAYOUTS[layout], alone)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2"])
+def test_selection_by_the_threshold_of_the_step_before_agrees(layout: str, alone: Any) -> None:
+    check("lagged-selection", *LAYOUTS[layout], alone)
+    expected, _ = alone("lagged-selection")
+    assert expected["metrics"]["select/overlap_with_exact"] > 0.8 and expected["metrics"]["select/jaccard_with_exact"] > 0.8
+
+
+@pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2"])
+def test_an_intersection_by_loss_and_entropy_of_an_online_reference_agrees(layout: str, alone: Any) -> None:
+    check("online-intersection", *LAYOUTS[layout], alone)
 
 
 @pytest.mark.parametrize("layout", ["dp2-zero-overlapped", "tp2-sp", "pp2-interleaved", "pp2-cp2"])

@@ -43,7 +43,7 @@ def configuration(folder: Path, run: str, parallel: dict[str, Any]) -> PretrainC
             "model.mcore": SMALL,
             "model.vocab_size": 384,  # no padding under any layout
             "data.train": [{"path": str(folder / "train"), "streams": {"ref_nll": str(folder / "ref_nll")}}],
-            "data.valid": {"held": str(folder / "held")},
+            "data.valid": {"held": {"path": str(folder / "held"), "streams": {"ref_nll": str(folder / "held_ref_nll")}}},
             "data.seq_length": SEQUENCE,
             "batch": {"micro_batch_size": 2, "global_batch_size": 8},
             "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_decay_tokens": STEPS * STEP_TOKENS},
@@ -66,9 +66,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the corpora and the finished run `one` of one process."""
     folder = tmp_path_factory.mktemp("layouts")
     documents = write_text_corpus(folder / "train", text_documents(120, seed=1))
-    write_text_corpus(folder / "held", text_documents(12, seed=2))
-    values = [[math.fmod(value, 7.0) for value in row] for row in label_values(documents)]
-    write_sidecar(folder / "ref_nll", folder / "train", values, seq_length=SEQUENCE, separate_documents=True)
+    held = write_text_corpus(folder / "held", text_documents(12, seed=2))
+    for name, corpus, texts in (("ref_nll", "train", documents), ("held_ref_nll", "held", held)):
+        values = [[math.fmod(value, 7.0) for value in row] for row in label_values(texts)]
+        write_sidecar(folder / name, folder / corpus, values, seq_length=SEQUENCE, separate_documents=True)
     spawn(1, train, configuration(folder, "one", {}).model_dump())
     return folder
 
@@ -91,6 +92,35 @@ def test_a_run_goes_on_alike_under_another_layout(alone: Path, layout: str) -> N
                 near = value if isinstance(value, str) else pytest.approx(value, rel=2e-3, abs=2e-3)
                 assert ours[tag] == near, f"{kind} line of step {theirs['step']}: {tag}"
     assert (Path(cfg.run.dir) / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, {}), (2, PP), (4, {**SP, "context_parallel_size": 2}), (4, {**PP, "virtual_pipeline_model_parallel_size": 2})],
+)
+def test_held_out_tokens_are_split_alike_under_every_layout(alone: Path, world: int, parallel: dict[str, Any]) -> None:
+    """Chosen with the losses of one checkpoint, by ranks that see a part of the windows each."""
+
+    def chosen(name: str, ranks: int, layout: dict[str, Any], micro_batch_size: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The bits and the first evaluation of a run of one step."""
+        cfg = configuration(alone, name, layout).model_dump()
+        cfg["model"]["init_from"] = str(alone / "one")
+        cfg["train"]["train_tokens"] = STEP_TOKENS
+        cfg["evaluation"]["micro_batch_size"] = micro_batch_size
+        if not Path(cfg["run"]["dir"]).exists():
+            assert spawn(ranks, train, cfg) == [0] * ranks
+        with np.load(Path(cfg["run"]["dir"]) / "valid_split" / "held.npz") as content:
+            bits = np.unpackbits(content["kept"])
+        return bits, next(iter(read_metrics(Path(cfg["run"]["dir"]) / "metrics.jsonl", "valid")))
+
+    size = 2 if len(parallel) > 1 else 3  # 3 leaves rows of padding, which not every layout can divide
+    (expected, expected_line), (got, line) = (
+        chosen("split", 1, {}, 3),
+        chosen(f"split-{world}-{len(parallel)}", world, parallel, size),
+    )
+    assert got.sum() == expected.sum() and (got != expected).sum() <= 2  # rounding at the threshold
+    for tag in (tag for tag in expected_line if tag.startswith("valid/")):
+        assert line[tag] == pytest.approx(expected_line[tag], rel=1e-4), tag
 
 
 def score_and_evaluate(folder: str, prefix: str, parallel: dict[str, Any]) -> tuple[int, int]:

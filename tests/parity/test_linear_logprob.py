@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megarpt.ops import linear_logprob as op
-from megarpt.ops import reference, softmax_blocks
-from megarpt.ops.linear_logprob import linear_logprob
+from megarpt.ops import _ext, head_tiles, reference
+from megarpt.ops.linear_logprob import VocabShard, linear_logprob, linear_top1
 from megarpt.testing.distributed import spawn
 from megarpt.testing.oracle import assert_within_twice
 
@@ -41,20 +40,30 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
     return results | {"grad_hidden": grad_hidden, "grad_weight": grad_weight}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which implementation the op uses."""
+    if request.param == "torch":
+        monkeypatch.setattr(_ext, "_C", None)
+    elif _ext._C is None:
+        pytest.skip(f"extension {_ext.describe()}")
+    return request.param
+
+
+MODES = {"recomputed": {}, "kept": {"keep_bytes": 2**30}, "some kept": {"keep_bytes": 2**13}, "chunks": {"chunk_tokens": CHUNK}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("fragmented", [False, True])
-@pytest.mark.parametrize("mode", [{}, {"chunk_tokens": CHUNK}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("tile", [None, (24, 6)], ids=["whole", "tiles"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 7), (13, 32, 101), (CHUNK - 1, 16, 64), (CHUNK, 16, 257), (CHUNK + 1, 48, 2), (61, 24, 1009)]
+    "shape", [(1, 8, 7), (13, 32, 101), (CHUNK - 1, 16, 64), (CHUNK, 16, 257), (CHUNK + 1, 48, 2), (61, 24, 2051)]
 )
-def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, fragmented, shape, monkeypatch) -> None:
-    if fragmented:  # blocks, pieces and gathers of a few rows, as real sizes have them
-        for name in ("_BLOCK_BYTES_ONE_THREAD", "_BLOCK_BYTES_MOST"):
-            monkeypatch.setattr(softmax_blocks, name, 4 * 3 * shape[2])
-        monkeypatch.setattr(op, "_PIECE_BYTES", 5 * dtype.itemsize * shape[1])
-        monkeypatch.setattr(op, "_GATHER_BYTES", 0)
-        monkeypatch.setattr(op, "_GATHER_ROWS", 4)
+def test_error_is_at_most_twice_plain_torchs(dtype, entropy, tile, mode, shape, monkeypatch) -> None:
+    if tile is not None:  # columns and rows of a tile that real sizes have more of
+        monkeypatch.setitem(head_tiles.TILE_COLUMNS, "cpu", tile[0])
+        monkeypatch.setitem(head_tiles.TILE_BYTES, "cpu", tile[0] * tile[1] * dtype.itemsize)
     for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):  # ordinary and very peaked distributions
         exact = draw(*shape, scale=scale)
         hidden, weight = (x.to(dtype) for x in exact[:2])
@@ -76,7 +85,7 @@ def test_error_is_at_most_twice_plain_torchs(dtype, entropy, mode, fragmented, s
             assert_within_twice(value, plains[name], oracle[name], floor=floor, name=f"{name} at scale {scale}")
 
 
-@pytest.mark.parametrize("mode", [{}, {"chunk_tokens": 2}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_gradients_are_the_finite_differences(mode, temperature) -> None:
     hidden, weight, labels, _ = draw(5, 3, 7)
@@ -110,31 +119,55 @@ def test_improbable_labels_keep_their_logprob() -> None:
     assert logprob.item() == -300.0
 
 
-def test_two_ranks_are_one() -> None:
-    """The vocabulary split over two ranks, unevenly padded: results equal, gradients equal once summed over ranks."""
-    spawn(2, check_rank)
+def test_near_certain_tokens_do_not_depend_on_rounding() -> None:
+    """Backward multiplies again, possibly in another order; of a distribution with one likely token all digits cancel."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(97, 64, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(50, 64, generator=generator).bfloat16()
+    best = (hidden.float() @ weight.float().t()).argmax(dim=-1)
+    labels = (best + 1) % 50  # never the likely one
+    logprob = linear_logprob(4.0 * hidden, weight, labels).logprob
+    (ours,) = torch.autograd.grad(logprob.sum(), hidden)
+    (exact,) = torch.autograd.grad(reference.linear_logprob(4.0 * hidden.double(), weight.double(), labels)[0].sum(), hidden)
+    (plain,) = torch.autograd.grad(reference.linear_logprob(4.0 * hidden, weight, labels)[0].sum(), hidden)
+    assert_within_twice(ours, plain, exact, name="grad_hidden")
 
 
-def check_rank() -> None:
-    """Compare this rank's part with the whole, on every path; a vocabulary of 5 leaves rank 1 nothing but padding."""
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_are_one(world: int, passes: str) -> None:
+    """The vocabulary split over ranks, unevenly padded: results equal, gradients equal once summed over ranks."""
+    spawn(world, check_rank, passes == "compiled")
+
+
+def check_rank(compiled: bool) -> None:
+    """Compare this rank's part with the whole, on every path; a vocabulary of 5 leaves later ranks nothing but padding."""
+    if not compiled:
+        _ext._C = None
     rank, world = dist.get_rank(), dist.get_world_size()
-    for v, entropy, chunk, temperature in itertools.product((29, 32, 5), (False, True), (None, 4), (1.0, 0.6)):
+    head_tiles.TILE_COLUMNS["cpu"], head_tiles.TILE_BYTES["cpu"] = 7, 7 * 8 * 4
+    cases = itertools.product((29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}), (1.0, 0.6))
+    for v, entropy, mode, temperature in cases:
         hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
         labels[3] = -100
         rows = 16
         padded = torch.cat([weight, torch.full((rows * world - v, weight.shape[1]), 3.0, dtype=weight.dtype)])
         shard = padded[rank * rows : (rank + 1) * rows]
-        options = {"entropy": entropy, "chunk_tokens": chunk, "temperature": temperature}
+        options = {"entropy": entropy, "temperature": temperature} | mode
         group = {"tp_group": dist.group.WORLD, "vocab_start": rank * rows, "vocab_size": v}
         expected = evaluate(lambda *x, o=options: linear_logprob(*x, **o), hidden, weight, labels, upstream, entropy)
         actual = evaluate(lambda *x, o=options | group: linear_logprob(*x, **o), hidden, shard, labels, upstream, entropy)
         dist.all_reduce(actual["grad_hidden"])
-        end = min(max(v - rank * rows, 0), rows)
-        if actual["grad_weight"][end:].any():
+        start, end = min(v, rank * rows), min(v, (rank + 1) * rows)
+        if actual["grad_weight"][end - start :].any():
             raise AssertionError(f"rank {rank}, v {v}: padding has a gradient")
-        actual["grad_weight"] = actual["grad_weight"][:end]
-        expected["grad_weight"] = expected["grad_weight"][rank * rows : rank * rows + end]
+        actual["grad_weight"] = actual["grad_weight"][: end - start]
+        expected["grad_weight"] = expected["grad_weight"][start:end]
         for name in expected:
             torch.testing.assert_close(
                 actual[name], expected[name], rtol=1e-11, atol=1e-12, msg=f"rank {rank}: {name} differs, v {v}, {options}"
             )
+        top1 = linear_top1(hidden, shard, labels, VocabShard(rank * rows, v, dist.group.WORLD))
+        whole = linear_top1(hidden, weight, labels)
+        torch.testing.assert_close(top1[0], whole[0], rtol=1e-11, atol=1e-12)
+        if not torch.equal(top1[1], whole[1]):
+            raise AssertionError(f"rank {rank}, v {v}: top-1 differs")

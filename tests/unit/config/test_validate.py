@@ -6,9 +6,13 @@ from megarpt.errors import ConfigError
 
 STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref"}}]}
 RHO1 = {"objective.scorer": "excess_loss", "objective.weighting": "top_fraction", "objective.fraction": 0.6}
+HELD_OUT = {"data.valid": {"h": {"path": "h", "streams": {"ref_nll": "h_ref"}}}}
+EXPERTS = {"model.preset": "tiny-moe"}
 WSD = {"optimizer.lr_decay_style": "WSD", "optimizer.lr_wsd_decay_tokens": 100}
 SPIKES = {"stability.spike_threshold": 6.0}
 REFERENCE = {"objective.reference": {"checkpoint": "runs/ref"}}
+SECOND = {"objective.second": {"scorer": "reference_entropy", "fraction": 0.7}}
+BOTH_STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref", "ref_entropy": "a_entropy"}}]}
 
 
 def make(**values):
@@ -54,6 +58,22 @@ BREAKS = [
     (validate.scorer_is_used, {"objective.scorer": "loss"}, "objective.scorer"),
     (validate.fraction_is_used, {"objective.fraction": 0.5}, "objective.fraction"),
     (validate.scope_is_used, {"objective.scope": "sequence"}, "objective.scope"),
+    (validate.scope_is_used, {"objective.scope": "lagged_global_batch"}, "objective.scope"),
+    (validate.second_set_is_used, SECOND, "objective.second"),
+    (
+        validate.second_set_has_another_scorer,
+        {**RHO1, **STREAMS, "objective.second": {"scorer": "excess_loss", "fraction": 0.7}},
+        "objective.second.scorer",
+    ),
+    (validate.combine_has_two_sets, {**RHO1, **STREAMS, "objective.combine": "union"}, "objective.combine"),
+    (validate.kept_share_is_known_to_the_routers, {**RHO1, **SECOND, **BOTH_STREAMS, **EXPERTS}, "objective.second"),
+    (validate.reference_losses_have_one_origin, {**RHO1, **SECOND, **STREAMS}, "data.train.0.streams"),
+    (validate.reference_losses_have_one_origin, {**RHO1, **SECOND}, "data.train.0.streams"),
+    (
+        validate.reference_losses_have_one_origin,
+        {**RHO1, **SECOND, **REFERENCE, "data.train": [{"path": "a", "streams": {"ref_entropy": "x"}}]},
+        "data.train.0.streams.ref_entropy",
+    ),
     (validate.reference_is_used, REFERENCE, "objective.reference"),
     (validate.reference_is_used, {**RHO1, "objective.scorer": "loss", **REFERENCE}, "objective.reference"),
     (validate.reference_losses_have_one_origin, RHO1, "data.train.0.streams"),
@@ -69,6 +89,20 @@ BREAKS = [
     ),
     (validate.reference_losses_have_one_origin, {**RHO1, **STREAMS, **REFERENCE}, "data.train.0.streams.ref_nll"),
     (validate.streams_are_known, {"data.train": [{"path": "a", "streams": {"ref_nnl": "x"}}]}, "data.train.0.streams.ref_nnl"),
+    (validate.streams_are_known, {"data.valid": {"h": {"path": "h", "streams": {"nll": "x"}}}}, "data.valid.h.streams.nll"),
+    (validate.held_out_streams_are_read, HELD_OUT, "data.valid.h.streams.ref_nll"),
+    (
+        validate.held_out_streams_are_read,
+        {**HELD_OUT, "evaluation.split_fraction": 0.5, "objective.scorer": "reference_entropy"},
+        "data.valid.h.streams.ref_nll",
+    ),
+    (validate.held_out_streams_are_read, {**HELD_OUT, **RHO1, **REFERENCE}, "data.valid.h.streams.ref_nll"),
+    (
+        validate.split_has_a_reference,
+        {"data.valid": {"h": "h"}, "evaluation.split_fraction": 0.5},
+        "evaluation.split_fraction",
+    ),
+    (validate.evaluation_has_corpora, {"evaluation.split_fraction": 0.5}, "evaluation.split_fraction"),
     (validate.held_out_names_are_plain, {"data.valid": {"a/b": "x"}}, "data.valid.a/b"),
     (validate.evaluation_has_corpora, {"evaluation.interval_steps": 5}, "evaluation.interval_steps"),
     (validate.evaluation_has_corpora, {"evaluation.max_tokens": 5}, "evaluation.max_tokens"),
@@ -159,6 +193,16 @@ BREAKS = [
     ),
     (validate.preset_exists, {"model.preset": "llama"}, "model.preset"),
     (validate.sequence_fits_the_preset, {"data.seq_length": 1 << 20}, "data.seq_length"),
+    (
+        validate.sequence_fits_the_preset,
+        {"model.gpt": {"max_sequence_length": 32}, "data.seq_length": 64},
+        "data.seq_length",
+    ),
+    (
+        validate.rotary_settings_have_rotary_angles,
+        {"model": {"preset": "gpt2-124m", "gpt": {"rotary_base": 5e5}}},
+        "model.gpt.rotary_base",
+    ),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"bf16": True}}, "model.mcore.bf16"),
     (validate.mcore_optimizer_keys_are_not_ours, {"optimizer.mcore": {"lr": 1.0}}, "optimizer.mcore.lr"),
@@ -187,6 +231,12 @@ def test_no_rule_is_without_a_test_that_breaks_it():
         {**RHO1, **STREAMS, "objective.scorer": "random"},  # an ablation keeps its data section
         {**RHO1, **STREAMS, "objective.fraction": 1.0},
         {**RHO1, "objective.scorer": "loss", "objective.scope": "sequence"},
+        {**RHO1, **STREAMS, "objective.scope": "rank"},
+        {**RHO1, **STREAMS, "objective.scope": "lagged_global_batch"},
+        {**RHO1, **SECOND, **BOTH_STREAMS, "objective.combine": "union"},
+        {**RHO1, **SECOND, **REFERENCE},
+        {**RHO1, **SECOND, **REFERENCE, "objective.scorer": "loss"},  # of the two sets one needs the reference
+        {**RHO1, **SECOND, **BOTH_STREAMS, **EXPERTS, "model.mcore": {"moe_aux_loss_coeff": 0.0}},
         {**WSD, "optimizer.lr_wsd_decay_style": "minus_sqrt"},
         {**WSD, "optimizer.lr_wsd_decay_tokens": 900, "optimizer.lr_warmup_tokens": 100},
         {"optimizer.lr_decay_tokens": 500},
@@ -273,3 +323,34 @@ def test_an_impossible_world_is_explained_with_the_whole_product(values, world_s
     found = validate.problems(make(**values), world_size=world_size)
     assert len(found) == 1
     assert all(word in found[0] for word in words), found[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        ({}, None),
+        (RHO1, ("excess_loss", 0.6)),
+        ({**RHO1, "objective.scorer": "reference_loss"}, ("reference_loss", 0.6)),
+        ({**RHO1, "objective.fraction": 1.0}, None),
+        ({**RHO1, "evaluation.split_fraction": 0.5}, ("excess_loss", 0.5)),
+        ({**RHO1, "objective.scorer": "random"}, ("excess_loss", 0.6)),  # a control is split as what it controls
+        ({"evaluation.split_fraction": 0.5}, ("excess_loss", 0.5)),
+        ({**RHO1, "objective.scope": "lagged_global_batch"}, ("excess_loss", 0.6)),
+    ],
+)
+def test_held_out_tokens_are_split_by_the_rule_of_the_run(values, rule):
+    found = validate.split_rule(make(**values))
+    assert (None if found is None else (found.scorer, found.fraction)) == rule
+    assert found is None or (found.weighting, found.scope, found.second) == ("top_fraction", "global_batch", None)
+
+
+def test_held_out_tokens_are_split_by_combined_sets_too():
+    second = {"scorer": "reference_entropy", "fraction": 0.8}
+    found = validate.split_rule(make(**RHO1, **{"objective.second": second, "objective.combine": "union"}))
+    assert found.second is not None and found.second.fraction == 0.8 and found.combine == "union"
+
+
+def test_a_held_out_corpus_is_a_prefix_or_a_mapping():
+    valid = make(**{"data.valid": {"a": "x", "b": {"path": "y", "streams": {"ref_nll": "z"}}}}).data.valid
+    assert (valid["a"].path, valid["a"].streams) == ("x", {})
+    assert (valid["b"].path, valid["b"].streams) == ("y", {"ref_nll": "z"})

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from megarpt.corpus.tokenizers import load_tokenizer
+from megarpt.run.selection_page import Selection, ShownToken
 
 DEMO = Path(__file__).parents[3] / "examples" / "demo"
 sys.path.insert(0, str(DEMO))
@@ -53,22 +54,28 @@ def test_plot(tmp_path: Path, needed: float | None) -> None:
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def page(kind: str, *tokens: tuple[str, str, bool]) -> selection.Page:
-    made = tuple(selection.Token(text, what, np.nan if text == "?" else 0.5, kept) for text, what, kept in tokens)
-    return selection.Page("module", kind, made)
+def page(kind: str, *tokens: tuple[str, str, bool | None]) -> selection.Page:
+    made = (selection.Token(text, what, ShownToken(1, text, kept, 2.0, 1.5, 0.5, 1)) for text, what, kept in tokens)
+    return selection.Page("module", kind, tuple(made))
 
 
 def test_kept_shares_leave_out_what_is_never_predicted() -> None:
     pages = [
-        page("clean", ("?", "clean", False), ("a", "clean", True), ("b", "clean", False), ("c", "injected", False)),
+        page("clean", ("?", "clean", None), ("a", "clean", True), ("b", "clean", False), ("c", "injected", False)),
         page("code", ("d", "code", True)),
     ]
     assert selection.kept_shares(pages) == {"clean": 0.5, "injected": 0.0, "code": 1.0, "noise": None}
 
 
-def test_the_page_for_the_browser_escapes_what_it_shows() -> None:
-    text = selection.html_page([page("noise", ("<script>", "noise", False))], {"noise": 0.0, "clean": None}, 0.6)
+def test_the_page_for_the_browser_has_the_marks_and_the_shares() -> None:
+    chosen = Selection("slm", "reference", "excess_loss", 0.6, "global_batch", 0.1, 100, 60, ())
+    pages = [page("noise", ("<script>", "noise", False)), page("clean", ("word", "clean", True), ("x9", "injected", False))]
+    text = selection.html_page(chosen, pages, {"noise": 0.25, "clean": None})
     assert "&lt;script&gt;" in text and "<script>" not in text
+    assert "pages of noise</td>" in text and "25%" in text and "clean English</td>" not in text
+    (injected,) = re.findall(r'<span class="([^"]*)"[^>]*>x9<', text)
+    assert "m" in injected.split()
+    assert text.index("module (clean English)") < text.index("module (pages of noise)")
 
 
 def test_token_kinds_follow_the_recorded_noise() -> None:
@@ -114,7 +121,7 @@ def test_the_students_differ_in_what_counts_alone() -> None:
 
 def test_tokens_find_their_characters() -> None:
     tokenizer = load_tokenizer("bytes")
-    ids = np.array([*"aé’b".encode(), tokenizer.eod])
+    ids = [*"aé’b".encode(), tokenizer.eod]
     spans = selection.token_spans(tokenizer, ids, "aé’b")
     assert ["aé’b"[begin:end] for begin, end in spans] == ["a", "", "é", "", "", "’", "b"]
     with pytest.raises(ValueError, match="differ"):

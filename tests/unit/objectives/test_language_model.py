@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from megarpt.config.schema import ObjectiveConfig
 from megarpt.errors import CheckpointError, ConfigError
 from megarpt.objectives.build import SCORERS, WEIGHTINGS, build_objective
 from megarpt.objectives.language_model import WeightedLanguageModel
-from megarpt.objectives.scoring import ExcessLoss, Loss, ReferenceLoss
-from megarpt.objectives.weighting import TopFraction, Uniform
+from megarpt.objectives.scoring import ExcessLoss, Loss, ReferenceEntropy, ReferenceLoss
+from megarpt.objectives.weighting import Combination, LaggedTopFraction, TopFraction, Uniform
 from megarpt.structs import Progress, TokenBatch, TokenStats
 from megarpt.testing.distributed import spawn
 
 NAN = float("nan")
+SCOPES = get_args(ObjectiveConfig.model_fields["scope"].annotation)
 
 
 def rows(batch: TokenBatch, chosen: slice) -> TokenBatch:
@@ -32,21 +34,23 @@ def rows(batch: TokenBatch, chosen: slice) -> TokenBatch:
 def run(objective: WeightedLanguageModel, stats: TokenStats, batch: TokenBatch, step: int = 0):
     """One step of one micro-batch, as a training step calls it: (output, gradient of the mean loss)."""
     progress = Progress(step=step)
-    weight = objective.select([stats], [batch], progress, None)[0] if objective.selects_globally else None
-    out = objective(stats, batch, weight, progress)
+    chosen = objective.select([stats], [batch], progress, None)[0] if objective.spans_micro_batches else None
+    out = objective(stats, batch, chosen, progress)
+    if objective.learns_from_steps:
+        out = out._replace(metrics=out.metrics | objective.settle([(batch, out)], None))
     (gradient,) = torch.autograd.grad(out.loss_sum / out.num_tokens.clamp(min=1), stats.logprob)
     return out, gradient
 
 
 @pytest.mark.parametrize("scorer", [name for name in SCORERS if name != "none"])
-@pytest.mark.parametrize("scope", ["sequence", "microbatch", "global_batch"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_fraction_one_is_plain_language_modeling_bit_for_bit(make_tokens, scorer, scope) -> None:
     stats, batch = make_tokens()
     plain_loss = torch.where(batch.loss_mask, -stats.logprob, 0.0).sum()
     (plain_gradient,) = torch.autograd.grad(plain_loss / batch.loss_mask.sum(), stats.logprob)
     uniform = build_objective(ObjectiveConfig(), seed=0)
     everything = build_objective(ObjectiveConfig(scorer=scorer, weighting="top_fraction", fraction=1.0, scope=scope), seed=0)
-    for objective in (uniform, everything):
+    for objective in (uniform, everything, everything):  # the second step of a lagged choice is another than the first
         out, gradient = run(objective, stats, batch)
         assert torch.equal(out.loss_sum, plain_loss)
         assert int(out.num_tokens) == int(batch.loss_mask.sum())
@@ -77,10 +81,11 @@ def test_selection_follows_the_label_not_its_neighbours(make_tokens) -> None:
     assert (gradient[0] == 0).nonzero()[:, 0].tolist() == [2, 3, 7]
 
 
-@pytest.mark.parametrize("scope", ["sequence", "microbatch", "global_batch"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_no_valid_token_gives_a_zero_loss_with_a_graph(make_tokens, scope) -> None:
     stats, batch = make_tokens(valid=0.0)
-    for objective in (WeightedLanguageModel(None, Uniform()), WeightedLanguageModel(ExcessLoss(), TopFraction(0.5, scope))):
+    selecting = build_objective(ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=0.5, scope=scope), 0)
+    for objective in (WeightedLanguageModel(None, Uniform()), selecting):
         out, gradient = run(objective, stats, batch)
         assert out.loss_sum.requires_grad and float(out.loss_sum.detach()) == 0.0 and int(out.num_tokens) == 0
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -165,9 +170,10 @@ def test_metrics_are_sums_that_say_what_they_are_named(make_tokens) -> None:
     for name, value in expected.items():
         numerator, denominator = out.metrics[name]
         assert not numerator.requires_grad and numerator.shape == denominator.shape == (), name
-        torch.testing.assert_close(numerator / denominator, value, msg=name)
-    assert set(out.metrics) - set(expected) == {"select/kept_fraction/source_2"}
-    assert [float(part) for part in out.metrics["select/kept_fraction/source_2"]] == [0.0, 0.0]
+        torch.testing.assert_close((numerator / denominator).float(), value, msg=name)
+    empty = {"select/kept_fraction/source_2", "select/agreement_with_previous_threshold"}
+    assert set(out.metrics) - set(expected) == empty
+    assert all([float(part) for part in out.metrics[name]] == [0.0, 0.0] for name in empty)
     assert torch.equal(out.token_loss, nll) and not out.token_loss.requires_grad
 
 
@@ -190,7 +196,7 @@ def test_agreement_with_the_previous_threshold_survives_a_resume(make_tokens) ->
     name = "select/agreement_with_previous_threshold"
     straight = WeightedLanguageModel(ExcessLoss(), TopFraction(0.6))
     first, _ = run(straight, *make_tokens(seed=1))
-    assert name not in first.metrics
+    assert [float(part) for part in first.metrics[name]] == [0.0, 0.0]
     state = straight.state_dict()
     second, _ = run(straight, *make_tokens(seed=2), step=1)
     valid, kept = make_tokens(seed=2)[1].loss_mask, second.weight > 0
@@ -220,9 +226,95 @@ def test_every_configured_name_is_built() -> None:
     assert set(SCORERS) == set(ObjectiveConfig.model_fields["scorer"].annotation.__args__)
     assert set(WEIGHTINGS) == set(ObjectiveConfig.model_fields["weighting"].annotation.__args__)
     objective = build_objective(ObjectiveConfig(scorer="reference_entropy", weighting="top_fraction", fraction=0.5), seed=0)
-    assert objective.streams == ("ref_entropy",) and objective.selects_globally and not objective.needs_entropy
+    assert objective.streams == ("ref_entropy",) and objective.spans_micro_batches and not objective.needs_entropy
     with pytest.raises(ConfigError, match="scorer"):
         build_objective(ObjectiveConfig(weighting="top_fraction", fraction=0.5), seed=0)
+
+
+def objective_of(scope: str, combine: str | None = None, num_sources: int = 2) -> WeightedLanguageModel:
+    second = {} if combine is None else {"second": {"scorer": "reference_entropy", "fraction": 0.7}, "combine": combine}
+    sections = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6, "scope": scope, **second}
+    return build_objective(ObjectiveConfig.model_validate(sections), seed=0, num_sources=num_sources)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("combine", [None, "intersection", "union"])
+def test_every_step_reports_the_same_names(make_tokens, scope, combine) -> None:
+    """The first step, later ones, one that keeps nothing, and one after a resume without state: sums are packed by name."""
+    objective = objective_of(scope, combine)
+    names = [set(run(objective, *make_tokens(seed=i, valid=valid), step=i)[0].metrics) for i, valid in enumerate((0.8, 0.8, 0))]
+    names.append(set(run(objective_of(scope, combine), *make_tokens(seed=9), step=9)[0].metrics))
+    assert all(each == names[0] for each in names)
+    assert ("select/overlap_with_exact" in names[0]) == (scope == "lagged_global_batch")
+    assert ("select/kept_fraction/set_1" in names[0]) == (combine is not None)
+
+
+def test_the_lagged_choice_is_compared_with_the_exact_one(make_tokens) -> None:
+    objective = WeightedLanguageModel(ExcessLoss(), LaggedTopFraction(0.6))
+    assert objective.awaits_a_step
+    first, _ = run(objective, *make_tokens(seed=1))  # one micro-batch: its best are those of the step
+    assert not objective.awaits_a_step
+    for name in ("overlap_with_exact", "jaccard_with_exact"):
+        numerator, denominator = first.metrics[f"select/{name}"]
+        assert float(numerator) == float(denominator) > 0
+
+    stats, batch = make_tokens(seed=2)
+    lagged, _ = run(objective, stats, batch, step=1)
+    exact, _ = run(WeightedLanguageModel(ExcessLoss(), TopFraction(0.6)), stats, batch, step=1)
+    kept, right = lagged.weight > 0, exact.weight > 0
+    assert float(lagged.metrics["select/threshold"][0]) == float(first.score[first.weight > 0].min())
+    assert [int(part) for part in lagged.metrics["select/overlap_with_exact"]] == [int((kept & right).sum()), int(right.sum())]
+    assert [int(part) for part in lagged.metrics["select/jaccard_with_exact"]] == [
+        int((kept & right).sum()),
+        int((kept | right).sum()),
+    ]
+    assert not torch.equal(kept, right)
+
+
+@pytest.mark.parametrize("combine", [None, "union"])
+def test_a_resumed_lagged_run_goes_on_to_the_last_bit(make_tokens, combine) -> None:
+    straight, resumed = (objective_of("lagged_global_batch", combine) for _ in range(2))
+    run(straight, *make_tokens(seed=1))
+    resumed.load_state_dict(straight.state_dict())
+    for step in (2, 3):
+        expected, got = (run(objective, *make_tokens(seed=step), step=step) for objective in (straight, resumed))
+        assert torch.equal(got[0].weight, expected[0].weight) and torch.equal(got[1], expected[1])
+        assert got[0].metrics == expected[0].metrics
+    with pytest.raises(CheckpointError, match="threshold"):
+        resumed.load_state_dict({"thresholds": []})
+
+
+def test_a_combination_ranks_by_both_scorers(make_tokens) -> None:
+    stats, batch = make_tokens(b=1, s=4, valid=1.1)
+    batch = replace(
+        batch, streams={"ref_nll": torch.tensor([[0.1, 0.2, 8.0, 9.0]]), "ref_entropy": torch.tensor([[5.0, 1, 2, 6]])}
+    )
+    both, either = (
+        WeightedLanguageModel(
+            ReferenceLoss(), Combination(TopFraction(0.5), TopFraction(0.5), combine), second_scorer=ReferenceEntropy()
+        )
+        for combine in ("intersection", "union")
+    )
+    assert both.streams == ("ref_nll", "ref_entropy")
+    out, gradient = run(both, stats, batch)
+    assert out.weight.tolist() == [[0.0, 1.0, 0.0, 0.0]] and int(out.num_tokens) == 1
+    assert torch.equal(gradient != 0, out.weight > 0)
+    assert run(either, stats, batch)[0].weight.tolist() == [[1.0, 1.0, 1.0, 0.0]]
+    expected = {"kept_fraction": (1, 4), "kept_fraction/set_0": (2, 4), "kept_fraction/set_1": (2, 4)}
+    expected |= {"threshold/set_0": (-0.2, 1), "threshold/set_1": (-2, 1)}
+    for name, pair in expected.items():
+        assert [float(part) for part in out.metrics[f"select/{name}"]] == pytest.approx(pair), name
+    assert "select/threshold" not in out.metrics and torch.equal(out.score, -batch.streams["ref_nll"])
+
+
+def test_a_weighting_gets_as_many_scorers_as_it_ranks_by() -> None:
+    for scorers, weighting in (
+        ((ExcessLoss(), None), Combination(TopFraction(0.5), TopFraction(0.5), "union")),
+        ((ExcessLoss(), Loss()), TopFraction(0.5)),
+        ((Loss(), None), Uniform()),
+    ):
+        with pytest.raises(ConfigError, match=r"objective\.scorer: got \d scorers"):
+            WeightedLanguageModel(scorers[0], weighting, second_scorer=scorers[1])
 
 
 def test_two_data_parallel_ranks_are_one() -> None:
@@ -254,13 +346,13 @@ def check_rank() -> None:
     mine = slice(rank * b // world, (rank + 1) * b // world)
     stats, part = TokenStats(logprob[mine].clone().requires_grad_(), None), rows(batch, mine)
     objective = WeightedLanguageModel(ExcessLoss(), TopFraction(0.6))
-    (weight,) = objective.select([stats], [part], Progress(), dist.group.WORLD)
-    out = objective(stats, part, weight, Progress())
+    (chosen,) = objective.select([stats], [part], Progress(), dist.group.WORLD)
+    out = objective(stats, part, chosen, Progress())
     sums = torch.stack([out.loss_sum.detach(), out.num_tokens.float()])
     dist.all_reduce(sums)
     (gradient,) = torch.autograd.grad(out.loss_sum / sums[1], stats.logprob)
-    torch.testing.assert_close(weight, expected.weight[mine], rtol=0, atol=0)
+    torch.testing.assert_close(chosen.weight, expected.weight[mine], rtol=0, atol=0)
     torch.testing.assert_close(sums, torch.stack([expected.loss_sum.detach(), expected.num_tokens.float()]))
     torch.testing.assert_close(gradient, expected_gradient[mine])
-    if torch.equal(weight, TopFraction(0.6, "microbatch")([out.score], [part], None)[0].weight):
+    if torch.equal(chosen.weight, TopFraction(0.6, "microbatch")([[out.score]], [part], None)[0].weight):
         raise AssertionError("the local choice is the global one: this case tests nothing")

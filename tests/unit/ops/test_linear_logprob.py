@@ -7,10 +7,17 @@ import torch
 from torch import Tensor
 
 from megarpt.errors import ShapeError
-from megarpt.ops import reference
-from megarpt.ops.linear_logprob import CHUNK_BYTES, KEEP_BYTES, linear_logprob, plan_chunks
+from megarpt.ops import _ext, head_tiles, reference
+from megarpt.ops.head_tiles import TILE_BYTES, TILE_COLUMNS, TilePlan, plan_tiles, spans
+from megarpt.ops.linear_logprob import linear_logprob, linear_top1
+from megarpt.testing.memory import peak_bytes
 
 T, H, V = 11, 6, 17
+KEEP_ALL, KEEP_SOME = 2**30, T * 4 * 12
+PATHS = [{}, {"keep_bytes": KEEP_ALL}, {"keep_bytes": KEEP_SOME}, {"chunk_tokens": 3}]
+PATHS += [{"entropy": True}, {"entropy": True, "keep_bytes": KEEP_SOME, "chunk_tokens": 4}]
+
+pytestmark = pytest.mark.usefixtures("passes", "small_tiles")
 
 
 def inputs(t: int = T, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -24,9 +31,7 @@ def gradients(loss: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, of)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"keep_bytes": 0}, {"chunk_tokens": 3}, {"entropy": True}, {"entropy": True, "chunk_tokens": 4}]
-)
+@pytest.mark.parametrize("options", PATHS)
 def test_every_path_is_the_reference(options: dict) -> None:
     hidden, weight, labels = inputs(dtype=torch.float64)
     upstream = torch.randn(2, T, dtype=torch.float64)
@@ -56,7 +61,7 @@ def test_ignored_labels_give_zero_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("t", [0, 1, 2])
-@pytest.mark.parametrize("options", [{}, {"keep_bytes": 0}, {"entropy": True}])
+@pytest.mark.parametrize("options", PATHS)
 def test_few_tokens(t: int, options: dict) -> None:
     hidden, weight, labels = inputs(t)
     logprob, _ = linear_logprob(hidden, weight, labels, **options)
@@ -72,7 +77,7 @@ def test_all_labels_ignored() -> None:
     assert logprob.tolist() == [0.0] * T and not grad_hidden.any() and not grad_weight.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"keep_bytes": 0}, {"chunk_tokens": 4}, {"entropy": True}])
+@pytest.mark.parametrize("options", PATHS)
 def test_nan_in_a_dropped_row_stays_there(options: dict) -> None:
     """A product with zero would turn NaN into NaN; a row that is left out cannot."""
     hidden, weight, labels = inputs()
@@ -86,46 +91,76 @@ def test_nan_in_a_dropped_row_stays_there(options: dict) -> None:
     assert torch.isfinite(grad_hidden).all() and torch.isfinite(grad_weight).all() and not grad_hidden[3].any()
 
 
-class CountProducts(torch.utils._python_dispatch.TorchDispatchMode):
-    """Rows that take part in products with a vocabulary side, summed over all products."""
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every product that is made, as the number of tokens a [., h] x [h, v] product of the same cost would have."""
+    made: list[float] = []
+    for name in ("_product_into", "_add_product"):
+        function = getattr(head_tiles, name)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = 0
+        def counted(out: Tensor, left: Tensor, right: Tensor, function=function) -> None:  # type: ignore[no-untyped-def]
+            made.append(left.shape[0] * left.shape[1] * right.shape[1] / (H * V))
+            function(out, left, right)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        name = func.overloadpacket.__name__
-        if name in ("mm", "addmm_", "addmm"):
-            left, right = args[-2:]
-            m, k, n = left.shape[0], left.shape[1], right.shape[1]
-            self.rows += m * k * n // (H * V)
-        return func(*args, **(kwargs or {}))
+        monkeypatch.setattr(head_tiles, name, counted)
+    return made
 
 
 @pytest.mark.parametrize(
-    ("options", "forwards"), [({}, 1), ({"entropy": True}, 1), ({"keep_bytes": 0}, 2), ({"chunk_tokens": 4}, 2)]
+    ("options", "forwards"),
+    [
+        ({}, 2.0),
+        ({"entropy": True}, 2.0),
+        ({"chunk_tokens": 4}, 2.0),
+        ({"keep_bytes": KEEP_ALL}, 1.0),
+        ({"keep_bytes": KEEP_ALL, "entropy": True}, 1.0),
+        ({"keep_bytes": KEEP_SOME}, 2.0 - 10 / V),  # two of four blocks of 5 columns fit
+    ],
 )
-def test_dropped_rows_cost_nothing_in_backward(options: dict, forwards: int) -> None:
+def test_dropped_rows_cost_nothing_in_backward(options: dict, forwards: float, products: list[float]) -> None:
     hidden, weight, labels = inputs()
     logprob, _ = linear_logprob(hidden, weight, labels, **options)
     loss = logprob[:7].sum()  # 7 of 11 kept
-    with CountProducts() as products:
-        gradients(loss, hidden, weight)
-    assert products.rows == 7 * (1 + forwards)
+    products.clear()
+    gradients(loss, hidden, weight)
+    assert sum(products) == pytest.approx(7 * (1 + forwards))
     logprob, _ = linear_logprob(hidden.detach(), weight, labels, **options)
-    with CountProducts() as products:
-        gradients(logprob[:7].sum(), weight)
-    assert products.rows == 7 * forwards  # and hidden that needs no gradient costs none
+    products.clear()
+    gradients(logprob[:7].sum(), weight)
+    assert sum(products) == pytest.approx(7 * forwards)  # and hidden that needs no gradient costs none
 
 
-def test_chunks_are_a_promise() -> None:
-    row = 1000 * 2
-    assert plan_chunks(64, 1000, torch.bfloat16) == (CHUNK_BYTES // row, True)
-    assert plan_chunks(64, 1000, torch.bfloat16, chunk_tokens=0) == (CHUNK_BYTES // row, True)
-    assert plan_chunks(KEEP_BYTES // row + 1, 1000, torch.bfloat16) == (CHUNK_BYTES // row, False)
-    assert plan_chunks(64, 1000, torch.bfloat16, chunk_tokens=63) == (63, False)
-    assert plan_chunks(64, 1000, torch.bfloat16, chunk_tokens=64) == (64, True)
-    assert plan_chunks(1, 10**10, torch.float32) == (1, False)
+def test_tiles_fit_what_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TILE_COLUMNS, "cpu", 1024)
+    monkeypatch.setitem(TILE_BYTES, "cpu", 4 * 2**20)
+    cpu, fp32, bf16 = torch.device("cpu"), torch.float32, torch.bfloat16
+    assert plan_tiles(4096, 32_000, fp32, cpu) == TilePlan(1024, 1024, 0)
+    assert plan_tiles(4096, 32_000, bf16, cpu) == TilePlan(2048, 1024, 0)
+    assert plan_tiles(4096, 32_000, bf16, cpu, chunk_tokens=100) == TilePlan(100, 1024, 0)
+    assert plan_tiles(64, 500, fp32, cpu) == TilePlan(64, 500, 0)
+    assert plan_tiles(64, 1500, fp32, cpu, keep_bytes=64 * 1500 * 4).kept_columns == 1500
+    assert plan_tiles(64, 1500, fp32, cpu, keep_bytes=64 * 1500 * 4 - 1).kept_columns == 1024  # whole blocks
+    assert plan_tiles(0, 0, fp32, cpu, keep_bytes=1) == TilePlan(1, 1, 0)
+    assert [(x.start, x.stop) for x in spans(10, 4)] == [(0, 3), (3, 6), (6, 10)]
+
+
+def test_only_tiles_of_logits_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes beyond inputs and gradients: a tile, and two [k, h] when tokens are left out."""
+    monkeypatch.setitem(TILE_COLUMNS, "cpu", 64)
+    monkeypatch.setitem(TILE_BYTES, "cpu", 64 * 64 * 4)
+    hidden, weight = torch.randn(512, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
+    labels = torch.randint(0, 4096, (512,))
+    keep = (torch.arange(512) % 2).float()
+
+    def step() -> None:
+        torch.autograd.grad((linear_logprob(hidden, weight, labels).logprob * keep).sum(), (hidden, weight))
+
+    step()
+    gradients_bytes = 4 * (hidden.numel() + weight.numel())
+    numbers = 512 * (7 * 8 + 9 * 4) * 2  # a few a token
+    extra = peak_bytes(step, torch.device("cpu")) - gradients_bytes
+    tiles = 64 * 64 * 4 * (1 if _ext.extension(torch.device("cpu")) is not None else 8)  # torch's passes take copies
+    assert extra <= tiles + 2 * 256 * 16 * 4 + numbers < 512 * 4096 * 4 / 20
 
 
 def test_backward_can_run_twice_but_not_be_differentiated() -> None:
@@ -180,29 +215,37 @@ def test_non_contiguous_inputs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("buffer", [torch.float32, None], ids=["fp32", "own"])
 @pytest.mark.parametrize("options", [{}, {"chunk_tokens": 4}])
-def test_main_grad(dtype: torch.dtype, options: dict) -> None:
+def test_accumulation(dtype: torch.dtype, buffer: torch.dtype | None, options: dict) -> None:
     hidden, weight, labels = inputs(dtype=dtype)
     linear_logprob(hidden, weight, labels, **options)[0].sum().backward()
     expected = weight.grad.float()
 
     parameter = torch.nn.Parameter(weight.detach().clone())
-    parameter.main_grad = torch.ones(V, H)
+    main_grad = torch.ones(V, H, dtype=buffer or dtype)
     parameter.grad_added_to_main_grad = False
     for _ in range(2):
-        linear_logprob(hidden, parameter, labels, **options, accumulate_main_grad=True)[0].sum().backward()
-    torch.testing.assert_close(
-        parameter.main_grad, 1.0 + 2.0 * expected, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.1
-    )
+        linear_logprob(hidden, parameter, labels, **options, accumulate_into=main_grad)[0].sum().backward()
+    exact = main_grad.dtype == dtype == torch.float32
+    torch.testing.assert_close(main_grad.float(), 1.0 + 2.0 * expected, rtol=1e-5, atol=1e-5 if exact else 0.1)
     assert parameter.grad_added_to_main_grad and parameter.grad.shape == parameter.shape  # a placeholder, so that hooks run
 
     parameter.grad, parameter.zero_out_wgrad = None, True
-    linear_logprob(hidden, parameter, labels, **options, accumulate_main_grad=True)[0].sum().backward()
+    linear_logprob(hidden, parameter, labels, **options, accumulate_into=main_grad)[0].sum().backward()
     assert not parameter.grad.any()
     del parameter.grad_added_to_main_grad, parameter.zero_out_wgrad
     parameter.grad = None
-    linear_logprob(hidden, parameter, labels, **options, accumulate_main_grad=True)[0].sum().backward()
+    linear_logprob(hidden, parameter, labels, **options, accumulate_into=main_grad)[0].sum().backward()
     assert parameter.grad is None
+
+
+def test_half_precision_accumulates_without_rounding() -> None:
+    """A gradient in an fp32 buffer keeps what bf16 would lose."""
+    hidden, weight, labels = inputs(dtype=torch.bfloat16)
+    main_grad = torch.zeros(V, H)
+    linear_logprob(hidden, weight, labels, accumulate_into=main_grad)[0].sum().backward()
+    assert not torch.equal(main_grad, main_grad.bfloat16().float())
 
 
 def test_nothing_is_kept_without_gradients() -> None:
@@ -212,11 +255,11 @@ def test_nothing_is_kept_without_gradients() -> None:
     assert logprob.grad_fn is None
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        linear_logprob(hidden, weight, labels)
-        assert any(x.shape == (T, V) for x in saved)
+        linear_logprob(hidden, weight, labels, keep_bytes=KEEP_ALL)
+        assert any(x.numel() == T * V for x in saved)
         saved.clear()
-        linear_logprob(hidden, weight, labels, chunk_tokens=4)
-        assert not any(x.shape == (T, V) for x in saved)
+        linear_logprob(hidden, weight, labels)
+        assert not any(x.numel() >= T * V for x in saved)
 
 
 @pytest.mark.parametrize(
@@ -228,15 +271,72 @@ def test_nothing_is_kept_without_gradients() -> None:
         ({"labels": torch.zeros(T, dtype=torch.int32)}, "int64"),
         ({"labels": torch.full((T,), V)}, f"label {V}"),
         ({"hidden": torch.zeros(T, H, dtype=torch.bfloat16)}, "bfloat16"),
-        ({"hidden": torch.zeros(T, H).half(), "weight": torch.zeros(V, H).half()}, "float16"),
+        ({"hidden": torch.zeros(T, H).char(), "weight": torch.zeros(V, H).char()}, "int8"),
+        ({"keep_bytes": -1}, "keep_bytes"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"labels": torch.zeros(T, dtype=torch.int64, device="meta")}, "one device"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"chunk_tokens": -1}, "chunk_tokens"),
         ({"vocab_size": 0}, "vocab_size"),
-        ({"accumulate_main_grad": True}, "main_grad"),
+        ({"accumulate_into": torch.zeros(V, H + 1)}, "accumulate_into"),
+        ({"accumulate_into": torch.zeros(V, H, dtype=torch.float64)}, "accumulate_into"),
     ],
 )
 def test_mistakes_are_refused(change: dict, match: str) -> None:
     hidden, weight, labels = inputs()
     with pytest.raises(ShapeError, match=match):
         linear_logprob(**({"hidden": hidden, "weight": weight, "labels": labels} | change))
+
+
+def test_top1_is_the_likeliest_label() -> None:
+    hidden, weight, labels = inputs(64)
+    best = (hidden @ weight.t()).argmax(dim=-1)
+    labels = torch.where(torch.arange(64) % 2 == 0, best, labels)
+    labels[7] = -100
+    logprob, correct = linear_top1(hidden, weight, labels)
+    torch.testing.assert_close(logprob, reference.linear_logprob(hidden, weight, labels)[0])
+    assert torch.equal(correct, labels == best)
+
+
+def test_equal_logits_are_all_correct() -> None:
+    hidden, weight = torch.ones(2, 3), torch.ones(9, 3)
+    assert linear_top1(hidden, weight, torch.tensor([0, 8]))[1].all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_seen(value: float) -> None:
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        weight[16] = value
+    logprob, entropy = linear_logprob(hidden, weight, labels, entropy=True)
+    assert logprob.isnan().all() and entropy.isnan().all()
+
+
+def test_operators_are_well_behaved() -> None:
+    """Schema, fake kernels, no aliasing, no unseen mutation, tracing under torch.compile with dynamic shapes."""
+    hidden, weight, labels = (x.detach() for x in inputs())
+    statistics = (hidden, weight, labels, 1.0, True, 4, 5, 10)
+    torch.library.opcheck(head_tiles.head_statistics, statistics, test_utils=OPCHECKS)
+    largest, total, _, _, best, kept = head_tiles.head_statistics(*statistics)
+    rows = (largest, total.log().float(), torch.ones(T), None, torch.ones(T), best, torch.ones(T))
+    for main_grad in (None, torch.zeros(V, H)):
+        arguments = (hidden, weight, labels, torch.arange(T) % 2 == 0, kept, *rows, 1.0, 4, 5, 10, True, True, main_grad)
+        torch.library.opcheck(head_tiles.head_gradients, arguments, test_utils=OPCHECKS)
+
+
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("options", [{}, {"entropy": True, "keep_bytes": KEEP_SOME}])
+def test_one_graph_under_compile(options: dict) -> None:
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        stats = linear_logprob(hidden * 2.0, weight, labels, **options)
+        return stats.logprob.sum() + (0.0 if stats.entropy is None else stats.entropy.square().sum())
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    hidden, weight, labels = inputs()
+    torch.testing.assert_close(
+        gradients(compiled(hidden, weight, labels), hidden, weight), gradients(loss(hidden, weight, labels), hidden, weight)
+    )

@@ -98,7 +98,7 @@ def token_work() -> TokenWork:
         metrics={},
         token_loss=token_loss,
         weight=weight,
-        score=token_loss - 1.0,
+        scores=(token_loss - 1.0,),
     )
     return batch, output
 

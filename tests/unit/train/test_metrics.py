@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,12 +25,13 @@ from megarpt.train.metrics import MetricLog, decoded_sample, kept_shares
 from megarpt.train.metrics_file import MetricsFile, read_metrics, rewind_metrics
 from megarpt.train.perf import PerfMeter, host_memory
 from megarpt.train.phases import Phase
-from megarpt.train.reports import MACHINE_PREFIXES, EvaluationResult, comparable, step_scalars
+from megarpt.train.reports import MACHINE_PREFIXES, EvaluationResult, PartSums, TokenSplit, comparable, step_scalars
 from megarpt.train.rundir import RunDir
 from megarpt.train.stragglers import Slowest
 from megarpt.train.timers import StepTimers
 
 RESULT = EvaluationResult(loss_sum_nats=200.0, num_tokens=100, num_correct=25, bytes_per_token=4.0, seconds=1.5)
+SPLIT_RESULT = replace(RESULT, split=TokenSplit(PartSums(60.0, 60.0, 20.0), PartSums(140.0, 40.0, 5.0), 3))
 
 
 class RecordingSink:
@@ -170,7 +172,7 @@ def test_only_the_writer_writes(tmp_path: Path, report_at: Any, progress_at: Any
     run = RunDir(tmp_path / "absent", is_writer=False)
     with MetricLog(run, LoggingConfig(), sinks=[sink]) as log:
         log.step(report_at(1), progress_at(1))
-        log.evaluation({"clean": RESULT}, progress_at(1))
+        log.evaluation({"clean": SPLIT_RESULT}, progress_at(1))
         log.tokens(*token_work, decode_bytes, progress_at(1))
         log.text("a", "b", progress_at(1))
         log.flush()
@@ -314,20 +316,35 @@ def test_evaluation_arithmetic() -> None:
     assert "valid/x/bits_per_byte" not in unknown.scalars("x")
 
 
+def test_the_parts_of_a_split_have_their_own_means() -> None:
+    tags = SPLIT_RESULT.scalars("x")
+    assert (tags["valid/x/kept_like_loss_nats"], tags["valid/x/dropped_like_loss_nats"]) == (1.0, 3.5)
+    assert (tags["valid/x/kept_like_top1"], tags["valid/x/dropped_like_top1"]) == (20 / 60, 5 / 40)
+    assert tags["valid/x/split_step"] == 3.0
+    everything = TokenSplit(PartSums(200.0, 100.0, 25.0), PartSums(0.0, 0.0, 0.0), 3)
+    nothing = replace(RESULT, split=everything).scalars("x")
+    assert nothing["valid/x/dropped_like_tokens"] == 0.0 and "valid/x/dropped_like_top1" not in nothing
+
+
 def test_an_evaluation_of_nothing_is_an_error() -> None:
     with pytest.raises(DataError, match="no token to predict"):
         EvaluationResult(loss_sum_nats=0.0, num_tokens=0, num_correct=0, bytes_per_token=None, seconds=0.0)
 
 
 def objective_tags(token_work: Any) -> set[str]:
-    """Everything that a selection reports in its second step."""
+    """Everything that selections report."""
     batch, output = token_work
-    config = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=0.6)
-    objective = build_objective(config, seed=1, num_sources=2)
     stats = TokenStats(logprob=-output.token_loss, entropy=None)
-    for _ in range(2):
-        (weight,) = objective.select([stats], [batch], Progress(), None)
-    return set(objective(stats, batch, weight, Progress()).metrics)
+    tags: set[str] = set()
+    for options in ({}, {"second": {"scorer": "loss", "fraction": 0.6}}, {"scope": "lagged_global_batch"}):
+        sections = {"scorer": "excess_loss", "weighting": "top_fraction", "fraction": 0.6, **options}
+        objective = build_objective(ObjectiveConfig.model_validate(sections), seed=1, num_sources=2)
+        chosen = objective.select([stats], [batch], Progress(), None)
+        result = objective(stats, batch, chosen[0], Progress())
+        tags |= set(result.metrics)
+        if objective.learns_from_steps:
+            tags |= set(objective.settle([(batch, result)], None))
+    return tags
 
 
 def test_every_tag_is_documented(run: RunDir, report_at: Any, progress_at: Any, token_work: Any, decode_bytes: Any) -> None:
@@ -348,7 +365,7 @@ def test_every_tag_is_documented(run: RunDir, report_at: Any, progress_at: Any, 
         pass
     with MetricLog(run, LoggingConfig()) as log:
         log.step(report_at(1), progress_at(1), meter.scalars() | Slowest(0, 1.0, 1.0, 1.0).scalars())
-        log.evaluation({"clean": RESULT}, progress_at(1))
+        log.evaluation({"clean": SPLIT_RESULT}, progress_at(1))
         log.tokens(*token_work, decode_bytes, progress_at(1))
     written = {tag for line in read_metrics(run.metrics_path) for tag in line} - {"train/aux"}
     written |= objective_tags(token_work)

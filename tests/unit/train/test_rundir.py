@@ -267,8 +267,9 @@ def test_a_longer_run_continues_with_a_constant_learning_rate(make_config: MakeC
     run_once(make_config(optimizer=constant, train={"train_tokens": 12800}), has_checkpoint=True)
 
 
-def test_the_micro_batch_is_bound_where_tokens_compete_in_it(make_config: MakeConfig) -> None:
-    objective = {"scorer": "loss", "weighting": "top_fraction", "fraction": 0.6, "scope": "microbatch"}
+@pytest.mark.parametrize("scope", ["microbatch", "rank"])
+def test_the_micro_batch_is_bound_where_tokens_compete_in_it(make_config: MakeConfig, scope: str) -> None:
+    objective = {"scorer": "loss", "weighting": "top_fraction", "fraction": 0.6, "scope": scope}
     run_once(make_config(objective=objective))
     with pytest.raises(ConfigError, match=r"batch\.micro_batch_size: was 8, now 4"):
         RunDir.open(make_config(objective=objective, batch={"micro_batch_size": 4}), has_checkpoint=True)

@@ -4,7 +4,7 @@
 // A barrier that not all reach is an error. Shared memory keeps what the block before left in it, as on a GPU.
 //
 // Not played: what depends on time (two threads at one address between barriers show only by the order) and CUDA's own
-// conversions and exponential, for which common/numbers.hpp stands in.
+// conversions and exponentials, for which common/numbers.hpp and std::exp2 stand in.
 #pragma once
 
 #include <ucontext.h>
