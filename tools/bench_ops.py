@@ -24,14 +24,13 @@ Columns: seconds (CPU seconds of all threads, wall on a GPU), over plain, over f
 `floor` reach, and peak MB: bytes beyond inputs and the two gradients at the worst moment.
 
 On Linux the C library returns large buffers to the system after each use and pays for fresh pages at the next, which costs the
-contenders with large buffers most; --reuse-memory makes it keep them, for every contender alike.
+contenders with large buffers most; --reuse-memory makes it keep them, for every contender alike, as megarpt's own runs do.
 With more than one thread on a machine that others use, set OMP_WAIT_POLICY=passive, or waiting threads are what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
@@ -49,7 +48,7 @@ from torch import Tensor
 
 from megarpt.device import runtime
 
-MACHINE = runtime.start("auto")  # before anything that imports megatron-core
+MACHINE = runtime.start("auto", reuse_memory="--reuse-memory" in sys.argv)  # before anything that imports megatron-core
 
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy  # noqa: E402
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy  # noqa: E402
@@ -192,13 +191,6 @@ def bench(shape: tuple[int, int, int], dtype: torch.dtype, kept: float, args: ar
     return rows
 
 
-def keep_freed_memory() -> None:
-    """Ask the C library to hold on to freed memory instead of unmapping it (glibc: M_MMAP_MAX, M_TRIM_THRESHOLD)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not (mallopt(-4, 0) and mallopt(-1, -1)):
-        sys.exit("--reuse-memory: this C library has no mallopt; run without it")
-
-
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print one table."""
     first = rows[0]
@@ -250,8 +242,6 @@ def main() -> None:
     if unknown:
         sys.exit(f"--contenders: got {', '.join(unknown)}; expected some of {', '.join(CONTENDERS)}")
     torch.set_num_threads(args.threads)
-    if args.reuse_memory:
-        keep_freed_memory()
     ParallelLayout().initialize(seed=1)  # megatron-core's losses ask for its groups
     console = Console()
     console.print(f"{MACHINE.device_name}, torch {torch.__version__}, extension: {_ext.describe()}", highlight=False)

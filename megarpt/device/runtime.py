@@ -99,8 +99,15 @@ class Runtime:
             dist.destroy_process_group()
 
 
-def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: float = 30.0) -> Runtime:
+def start(
+    device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: float = 30.0, reuse_memory: bool = True
+) -> Runtime:
     """Choose the device, prepare it, and join the process group torchrun describes (or make one of a single process).
+
+    Args:
+        device: `auto` takes CUDA when it is usable.
+        timeout_minutes: of every collective.
+        reuse_memory: on a CPU, have the C library keep freed memory, for the whole process and its other users too.
 
     Raises:
         ExtensionError: CUDA was asked for by name and cannot be used.
@@ -113,7 +120,8 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", *, timeout_minutes: f
     else:
         torch_device = torch.device("cpu")
         mcore_cpu.install()
-        _keep_freed_memory()
+        if reuse_memory:
+            _keep_freed_memory()
     without_te.install()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives remembered for `flight_record`
     backend: Literal["nccl", "gloo"] = "nccl" if kind == "cuda" else "gloo"
@@ -157,5 +165,16 @@ def _keep_freed_memory() -> None:
 
 
 def current_stream_address(device: torch.device) -> int:
-    """The stream on which work for this device is queued, as CUDA knows it; 0 for the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """The stream on which work for this device is queued, as CUDA knows it; 0 for the CPU.
+
+    Raises:
+        ExtensionError: kernels that are not torch's are started on the current device, and this is another one.
+    """
+    if device.type != "cuda":
+        return 0
+    if device.index != torch.cuda.current_device():
+        raise ExtensionError(
+            f"got tensors on {device}, expected them on the current device, cuda:{torch.cuda.current_device()}; "
+            f"call torch.cuda.set_device({device.index}) first"
+        )
+    return torch.cuda.current_stream(device).cuda_stream
