@@ -9,13 +9,21 @@ products alone take at the rate this machine reaches in the same run.
 
 Instead: a step of four micro-batches with a selection of 60% under every scope, reference losses at hand as from a sidecar,
 over a step of ordinary language modeling.
+
+    python tools/bench_step.py --selection-cost --threads 1 --steps 5
+
+Instead: a model whose head is two thirds of the arithmetic, a step with a selection of 60%, with a sidecar and with an online
+reference of the same size, over a step of ordinary language modeling and over the plain loop's. `recipe` is how selection is
+commonly written: the reference inline, whole logits of both, a mask over the losses. `kept MiB` is train.head_keep_mib.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -42,17 +50,25 @@ from megarpt.testing.configs import tiny_config  # noqa: E402
 from megarpt.testing.plain_gpt import PlainGPT  # noqa: E402
 from megarpt.train.optimizer import build_optimizer  # noqa: E402
 from megarpt.train.perf import PerfMeter  # noqa: E402
-from megarpt.train.step import TrainStep  # noqa: E402
+from megarpt.train.reference import OnlineReference  # noqa: E402
+from megarpt.train.step import Annotate, TrainStep  # noqa: E402
 from megarpt.train.timers import StepTimers, attach  # noqa: E402
 
 LR = 1e-3
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
 BATCH, SEQUENCE = 8, 512
 MICRO_BATCHES, FRACTION = 4, 0.6  # of --selection
+LARGE_VOCAB = 27_136  # of --selection-cost: with it the head is two thirds of the arithmetic
 
 
 def train_step(
-    groups: ProcessGroups, precision: str, objective: ObjectiveConfig
+    groups: ProcessGroups,
+    precision: str,
+    objective: ObjectiveConfig,
+    *,
+    vocab: int = VOCAB,
+    keep_mib: int = 128,
+    annotate: Annotate | None = None,
 ) -> tuple[TrainStep, Callable[[], PerfMeter], dict[str, torch.Tensor]]:
     """A step of megarpt, what has every part of it measured from then on, and the weights it starts from."""
     cfg = tiny_config(
@@ -61,14 +77,15 @@ def train_step(
             "objective": objective.model_dump(),
             "train.train_tokens": 1 << 40,
             "train.precision": precision,
+            "train.head_keep_mib": keep_mib,
             "optimizer": {"lr": LR, "min_lr": LR, "lr_decay_style": "constant"},
         }
     )
     torch.manual_seed(1)
-    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=VOCAB)
+    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=vocab)
     optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
     timers = StepTimers(MACHINE.clock())
-    step = TrainStep(chunks, build_objective(objective, 1), optimizer, scheduler, groups, timers=timers)
+    step = TrainStep(chunks, build_objective(objective, 1), optimizer, scheduler, groups, annotate=annotate, timers=timers)
 
     def measured() -> PerfMeter:
         attach(timers, chunks, optimizer)
@@ -95,17 +112,29 @@ def megarpt_step(
     return timed_step, weights
 
 
-def plain_step(weights: dict[str, torch.Tensor], precision: str, compiled: bool) -> Callable[[TokenBatch], float]:
-    """One step of a plain loop; bf16 through autocast, as such loops do."""
-    model = PlainGPT(VOCAB, LAYERS, HIDDEN, HEADS, KV_HEADS, FFN)
+def plain_step(
+    weights: dict[str, torch.Tensor], precision: str, compiled: bool, *, vocab: int = VOCAB, selects: bool = False
+) -> Callable[[TokenBatch], float]:
+    """One step of a plain loop; bf16 through autocast, as such loops do. `selects`: by an inline reference of its size."""
+    model = PlainGPT(vocab, LAYERS, HIDDEN, HEADS, KV_HEADS, FFN)
     model.load_mcore(weights)
+    reference = copy.deepcopy(model)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8)
 
+    def losses(network: PlainGPT, batch: TokenBatch) -> torch.Tensor:
+        return F.cross_entropy(network(batch.tokens).flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
+
     def loss_of(batch: TokenBatch) -> torch.Tensor:
-        return F.cross_entropy(model(batch.tokens).flatten(0, 1).float(), batch.labels.flatten())
+        own = losses(model, batch)
+        if not selects:
+            return own.mean()
+        with torch.no_grad():
+            excess = own - losses(reference, batch)
+            kept = torch.zeros_like(own).scatter_(0, excess.topk(int(FRACTION * own.numel())).indices, 1.0)
+        return (own * kept).sum() / kept.sum()
 
     loss_function = torch.compile(loss_of) if compiled else loss_of
 
@@ -205,10 +234,44 @@ def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[di
     ]
 
 
-def show_scopes(rows: list[dict[str, float | str]]) -> Table:
-    table = Table(
-        title=f"a step of {MICRO_BATCHES} micro-batches of {BATCH // MICRO_BATCHES} x {SEQUENCE}, {FRACTION:.0%} kept"
-    )
+def compare_selection_cost(groups: ProcessGroups, precision: str, steps: int) -> list[dict[str, float | str]]:
+    """Selection with a sidecar and with an online reference against ordinary language modeling, step by step."""
+    rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION)
+    runs: dict[tuple[str, str], Callable[[TokenBatch], object]] = {}
+    for keep_mib in (0, 128, 1024):
+        (plain, _, weights) = train_step(groups, precision, ObjectiveConfig(), vocab=LARGE_VOCAB, keep_mib=keep_mib)
+        network = train_step(groups, precision, ObjectiveConfig(), vocab=LARGE_VOCAB)[0].chunks[0]
+        online = OnlineReference(unwrap(network), groups, ["ref_nll"])
+        sidecar, _, _ = train_step(groups, precision, rho1, vocab=LARGE_VOCAB, keep_mib=keep_mib)
+        inline, _, _ = train_step(groups, precision, rho1, vocab=LARGE_VOCAB, keep_mib=keep_mib, annotate=online)
+        for name, step in (("language modeling", plain), ("sidecar", sidecar), ("online reference", inline)):
+            runs[name, str(keep_mib)] = lambda batch, step=step: step([batch], Progress())  # type: ignore[misc]
+    runs["plain loop", ""] = plain_step(weights, precision, False, vocab=LARGE_VOCAB)
+    runs["recipe", ""] = plain_step(weights, precision, False, vocab=LARGE_VOCAB, selects=True)
+    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+    for i in range(steps + 1):
+        noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(i)) + math.log(LARGE_VOCAB)
+        batch = replace(random_batch(BATCH, SEQUENCE, LARGE_VOCAB, seed=i), streams={"ref_nll": noise})
+        for key, run in runs.items():
+            spent = _cpu_seconds(lambda run=run, batch=batch: run(batch))  # type: ignore[misc]
+            if i >= 1:  # the first step warms up
+                seconds[key].append(spent)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return [
+        {
+            "precision": precision,
+            "step": name,
+            "kept_MiB": keep_mib,
+            "cpu_s": value,
+            "times_language_modeling": value / middle.get(("language modeling", keep_mib), middle["plain loop", ""]),
+            "times_plain_loop": value / middle["plain loop", ""],
+        }
+        for (name, keep_mib), value in middle.items()
+    ]
+
+
+def show_rows(rows: list[dict[str, float | str]], title: str) -> Table:
+    table = Table(title=title)
     for column in rows[0]:
         table.add_column(column.replace("_", " "))
     for row in rows:
@@ -235,17 +298,25 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also the plain loop under torch.compile")
     parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
     parser.add_argument("--selection", action="store_true", help="instead: the cost of selecting tokens, scope by scope")
+    parser.add_argument("--selection-cost", action="store_true", help="instead: what a selection step costs, large head")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
-    if args.selection and (args.compiled or args.timed):
-        parser.error("--compiled and --timed compare with the plain loop, which --selection leaves out")
+    if (args.selection or args.selection_cost) and (args.compiled or args.timed):
+        parser.error("--compiled and --timed belong to the comparison of whole steps, not to those of selections")
     torch.set_num_threads(args.threads)
     groups = ParallelLayout().initialize(seed=1)
     if args.selection:
         rows = [row for precision in args.precision for row in compare_scopes(groups, precision, args.steps)]
+        size = f"{MICRO_BATCHES} micro-batches of {BATCH // MICRO_BATCHES} x {SEQUENCE}"
+        table = show_rows(rows, f"a step of {size}, {FRACTION:.0%} kept")
+    elif args.selection_cost:
+        rows = [row for precision in args.precision for row in compare_selection_cost(groups, precision, args.steps)]
+        size = f"{LAYERS} layers x {HIDDEN}, vocabulary {LARGE_VOCAB}, batch {BATCH} x {SEQUENCE}"
+        table = show_rows(rows, f"a step of a model whose head is two thirds of it ({size}), {FRACTION:.0%} kept")
     else:
         rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]
-    Console().print(show_scopes(rows) if args.selection else show(rows))
+        table = show(rows)
+    Console().print(table)
     if args.output:
         args.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     MACHINE.close()
