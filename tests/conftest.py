@@ -14,9 +14,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from megarpt.device import mcore_cpu, runtime
+from megarpt.ops import _ext
 
 # Test modules import megatron-core when they are collected, so the CPU layer goes in before any of them.
 mcore_cpu.install_without_cuda()
+
+
+# The sanitizers look at compiled code only.
+IMPLEMENTATIONS = ["compiled"] if os.environ.get("MEGARPT_SANITIZE") == "1" else ["compiled", "torch"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which passes the ops take: those of the compiled extension, or those in plain torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(_ext, "_C", None)
+    elif _ext._C is None:
+        pytest.skip(f"extension {_ext.describe()}")
+    return request.param
 
 
 @pytest.fixture(scope="session")

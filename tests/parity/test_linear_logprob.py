@@ -40,15 +40,7 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
     return results | {"grad_hidden": grad_hidden, "grad_weight": grad_weight}
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
-def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which implementation the op uses."""
-    if request.param == "torch":
-        monkeypatch.setattr(_ext, "_C", None)
-    elif _ext._C is None:
-        pytest.skip(f"extension {_ext.describe()}")
-    return request.param
-
+pytestmark = pytest.mark.usefixtures("implementation")
 
 MODES = {"recomputed": {}, "kept": {"keep_bytes": 2**30}, "some kept": {"keep_bytes": 2**13}, "chunks": {"chunk_tokens": CHUNK}}
 
@@ -134,9 +126,9 @@ def test_near_certain_tokens_do_not_depend_on_rounding() -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_are_one(world: int, passes: str) -> None:
+def test_ranks_are_one(world: int, implementation: str) -> None:
     """The vocabulary split over ranks, unevenly padded: results equal, gradients equal once summed over ranks."""
-    spawn(world, check_rank, passes == "compiled")
+    spawn(world, check_rank, implementation == "compiled")
 
 
 def check_rank(compiled: bool) -> None:

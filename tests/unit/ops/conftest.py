@@ -1,20 +1,10 @@
-"""Every test of an op runs with the compiled passes and with those in torch, over tiles that are smaller than the tensors."""
+"""Fixtures of the tests of the ops."""
 
 from __future__ import annotations
 
 import pytest
 
-from megarpt.ops import _ext, head_tiles
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which implementation the op uses."""
-    if request.param == "torch":
-        monkeypatch.setattr(_ext, "_C", None)
-    elif _ext._C is None:
-        pytest.skip(f"extension {_ext.describe()}")
-    return request.param
+from megarpt.ops import head_tiles
 
 
 @pytest.fixture

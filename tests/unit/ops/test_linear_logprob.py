@@ -17,7 +17,7 @@ KEEP_ALL, KEEP_SOME = 2**30, T * 4 * 12
 PATHS = [{}, {"keep_bytes": KEEP_ALL}, {"keep_bytes": KEEP_SOME}, {"chunk_tokens": 3}]
 PATHS += [{"entropy": True}, {"entropy": True, "keep_bytes": KEEP_SOME, "chunk_tokens": 4}]
 
-pytestmark = pytest.mark.usefixtures("passes", "small_tiles")
+pytestmark = pytest.mark.usefixtures("implementation", "small_tiles")
 
 
 def inputs(t: int = T, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

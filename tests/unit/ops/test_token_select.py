@@ -38,13 +38,6 @@ def use(path: str) -> None:
         pytest.skip(f"needs the compiled extension: {_ext.describe()}")
 
 
-@pytest.fixture(params=["compiled", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(_ext, "extension", _ext.extension)  # undone at the end, whatever `use` does
-    use(request.param)
-    return request.param
-
-
 def random_case(generator: random.Random, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """(score, valid, order) with ties, both zeros, infinities and NaN in unpredictable amounts."""
     n = generator.randint(0, most)
@@ -87,7 +80,7 @@ def same(left: Tensor, right: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_matches_a_sort(path: str, fraction: float) -> None:
+def test_matches_a_sort(implementation: str, fraction: float) -> None:
     generator = random.Random(0)
     for case in range(60):
         score, valid, order = random_case(generator, 40)
@@ -95,7 +88,7 @@ def test_matches_a_sort(path: str, fraction: float) -> None:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_adversarial_scores_match_a_sort(path: str, n: int) -> None:
+def test_adversarial_scores_match_a_sort(implementation: str, n: int) -> None:
     for case, (_, score) in enumerate(adversarial_scores(n)):
         valid = torch.rand(n) < (0.9 if case % 2 else 1.1)
         check_selection(score, valid, 0.6, torch.randperm(n) + 2**45)
@@ -154,7 +147,7 @@ def exact_sums(nll: Tensor, score: Tensor, ref: Tensor, valid: Tensor, mask: Ten
 
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
 @pytest.mark.parametrize("n", [0, *SIZES])
-def test_excess_selection_and_its_sums(path: str, n: int, fraction: float) -> None:
+def test_excess_selection_and_its_sums(implementation: str, n: int, fraction: float) -> None:
     logprob, ref, valid, order = excess_case(n, n)
     previous = torch.tensor(0.2)
     chosen = select_excess(logprob, ref, valid, fraction, order=order, previous_threshold=previous)
@@ -172,7 +165,7 @@ def test_excess_selection_and_its_sums(path: str, n: int, fraction: float) -> No
     assert [float(a) for a in again] == [float(b) for b in chosen.sums]
 
 
-def test_sums_of_what_is_not_given_are_zero(path: str) -> None:
+def test_sums_of_what_is_not_given_are_zero(implementation: str) -> None:
     logprob, _, valid, _ = excess_case(100, 0)
     sums = selection_sums(-logprob, None, None, valid, valid)
     assert float(sums.nll_kept) == float(sums.nll_valid) > 0 and int(sums.num_kept) == int(valid.sum())
@@ -180,7 +173,7 @@ def test_sums_of_what_is_not_given_are_zero(path: str) -> None:
     assert float(selection_sums(-logprob, -logprob, None, valid, valid).num_agreeing) == 0
 
 
-def test_infinite_and_nan_losses_reach_the_sums_they_belong_to(path: str) -> None:
+def test_infinite_and_nan_losses_reach_the_sums_they_belong_to(implementation: str) -> None:
     nll = torch.tensor([1.0, INF, NAN, 2.0, NAN])
     valid, mask = torch.tensor([True] * 4 + [False]), torch.tensor([True, True, False, False, False])
     sums = selection_sums(nll, nll, torch.ones(5), valid, mask)
@@ -188,7 +181,7 @@ def test_infinite_and_nan_losses_reach_the_sums_they_belong_to(path: str) -> Non
     assert float(sums.num_nan_scores) == 1 and float(sums.reference_nll) == 4
 
 
-def test_shapes_and_strides_of_the_callers(path: str) -> None:
+def test_shapes_and_strides_of_the_callers(implementation: str) -> None:
     logprob, ref, valid, order = (each.view(20, 30) for each in excess_case(600, 1))
     flat = select_excess(logprob.flatten(), ref.flatten(), valid.flatten(), 0.6, order=order.flatten())
     for form in (lambda x: x, lambda x: x.t().contiguous().t()):
@@ -198,7 +191,7 @@ def test_shapes_and_strides_of_the_callers(path: str) -> None:
         assert torch.equal(mask.flatten(), flat.mask)
 
 
-def test_nothing_is_differentiated(path: str) -> None:
+def test_nothing_is_differentiated(implementation: str) -> None:
     logprob, ref, valid, order = excess_case(50, 2)
     chosen = select_excess(logprob.requires_grad_(), ref, valid, 0.6, order=order)
     assert not chosen.score.requires_grad and not chosen.sums.nll_kept.requires_grad
@@ -272,7 +265,7 @@ def operator_calls() -> Iterator[tuple[object, tuple]]:
     yield passes.sum_selected, (logprob, None, None, valid, valid, None)
 
 
-def test_operators_are_what_torch_expects_of_them(path: str) -> None:
+def test_operators_are_what_torch_expects_of_them(implementation: str) -> None:
     for operator, arguments in operator_calls():
         torch.library.opcheck(operator, arguments)
 
