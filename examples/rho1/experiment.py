@@ -7,7 +7,7 @@
 For every seed: corpora (mixes.py) and a tokenizer; then, for every mix, an initialization, a reference model, its losses on
 the students' corpus, six students that share everything but the choice of tokens, and two of them tuned on clean text. The
 models are the demo's (examples/demo/*.yaml); what differs is on the command lines, which are shown. `results.json` is
-rewritten after every finished run; report.py makes the tables and the plot of it.
+rewritten after every finished run; results.py makes the tables and the plot of it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import results  # a sibling file
+from pipeline import Command, Pipeline, Stage, StageFailed, Stopped, only_one, show_failure  # the demo's
+
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"
-sys.path[:0] = [str(HERE), str(DEMO)]
-
-import report  # a sibling file
-from pipeline import Command, Pipeline, Stage, StageFailed, Stopped, only_one, show_failure
-
 ROOT = HERE.parents[1]
-MIXES = ("noisy", "offtarget")
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "clm": ("clm.yaml", ()),
     "excess40": ("slm.yaml", ("objective.fraction=0.4",)),
@@ -78,7 +78,7 @@ def build_stages(out: Path, seed: int, scale: Scale, device: str) -> list[Stage]
     """All that one seed needs, as commands."""
     data, tokenizer, text = out / "data", out / "tokenizer.model", out / "corpus"
     sizes = [item for part in PARTS for item in (f"--{part}-bytes", str(scale.bytes[part]))]
-    made = ["reference", "finetune", "heldout", "code", *(f"{part}_{mix}" for mix in MIXES for part in ("base", "mix"))]
+    made = ["reference", "finetune", "heldout", "code", *(f"{part}_{mix}" for mix in results.MIXES for part in ("base", "mix"))]
     learned_from = [str(text / f"{part}.jsonl") for part in ("base_noisy", "base_offtarget", "reference")]
 
     def tokenize(part: str) -> Command:
@@ -115,13 +115,13 @@ def build_stages(out: Path, seed: int, scale: Scale, device: str) -> list[Stage]
             needs=("tokenizer",),
         ),
     ]
-    for mix in MIXES:
+    for mix in results.MIXES:
         stages += _stages_of_mix(out, seed, mix, scale, device)
     return stages
 
 
 def _stages_of_mix(out: Path, seed: int, mix: str, scale: Scale, device: str) -> list[Stage]:
-    data, corpus, losses = out / "data", f"mix_{mix}", out / "data" / f"mix_{mix}_ref_nll"
+    data, corpus = out / "data", f"mix_{mix}"
 
     def run(name: str, title: str, file: str, corpus: str, tokens: str, needs: str, more: Sequence[str]) -> Stage:
         name = f"{mix}-{name}"
@@ -133,27 +133,27 @@ def _stages_of_mix(out: Path, seed: int, mix: str, scale: Scale, device: str) ->
         return Stage(name, f"Seed {seed}, {mix}: {title}", (command,), (out / name,), (needs,), (DEMO / file,))
 
     start = f"model.init_from={out / f'{mix}-base'}"
-    score = ("megarpt", "score", "--reference", str(out / f"{mix}-reference"), "--corpus", str(data / corpus))
+
+    def score(name: str, title: str, model: str, output: str) -> Stage:
+        argv = ("megarpt", "score", "--reference", str(out / f"{mix}-{model}"), "--corpus", str(data / corpus))
+        command = Command((*argv, "--output-prefix", str(data / f"{corpus}_{output}"), "--device", device), f"{mix}-{name}")
+        written = tuple(data / f"{corpus}_{output}{suffix}" for suffix in (".bin", ".idx", ".json"))
+        return Stage(f"{mix}-{name}", f"Seed {seed}, {mix}: {title}", (command,), written, (f"{mix}-{model}",))
+
     stages = [
         run("base", "initialization", "base.yaml", f"base_{mix}", "base", "tokenize", BATCH),
         run("reference", "reference model", "reference.yaml", "reference", "reference", f"{mix}-base", (start, *BATCH)),
-        Stage(
-            f"{mix}-score",
-            f"Seed {seed}, {mix}: reference losses",
-            (Command((*score, "--output-prefix", str(losses), "--device", device), f"{mix}-score"),),
-            tuple(losses.with_name(losses.name + suffix) for suffix in (".bin", ".idx", ".json")),
-            needs=(f"{mix}-reference",),
-        ),
+        score("score", "reference losses", "reference", "ref_nll"),
     ]
     for arm, (file, objective) in ARMS.items():
-        sidecar = (f"data.train.0.streams.ref_nll={losses}",) if file == "slm.yaml" else ()
+        sidecar = (f"data.train.0.streams.ref_nll={data / corpus}_ref_nll",) if file == "slm.yaml" else ()
         more = (start, *sidecar, *objective, f"evaluation.interval_steps={scale.evaluation_interval_steps}")
-        stages.append(run(arm, report.ARMS[arm], file, corpus, "student", f"{mix}-score", more))
+        stages.append(run(arm, results.ARMS[arm], file, corpus, "student", f"{mix}-score", more))
     for arm in TUNED:
         more = (f"model.init_from={out / f'{mix}-{arm}'}", "optimizer.lr_warmup_tokens=4000", "evaluation.interval_steps=0")
-        name, title = f"{arm}-tuned", f"{report.ARMS[arm]}, tuned on clean text"
+        name, title = f"{arm}-tuned", f"{results.ARMS[arm]}, tuned on clean text"
         stages.append(run(name, title, "clm.yaml", "finetune", "finetune", f"{mix}-{arm}", more))
-    return stages
+    return [*stages, score("kept", "which tokens selection keeps", "excess60", "student_nll")]
 
 
 def _shown(path: Path) -> str:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
 
     def keep(stage: Stage) -> None:
-        report.write_results(out)
+        results.write_results(out)
 
     with only_one(out) as is_alone:
         if not is_alone:
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Stopped as stopped:
             console.print(f"\nStopped by {stopped}. The same command continues from here.")
             return 128 + stopped.signum
-        report.write(out, console)
+        results.write(out, console)
     return 0
 
 
