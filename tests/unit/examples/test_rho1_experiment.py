@@ -24,6 +24,7 @@ for folder in ("demo", "rho1"):
 corpus = importlib.import_module("corpus")
 experiment = importlib.import_module("experiment")
 mixes = importlib.import_module("mixes")
+pipeline = importlib.import_module("pipeline")
 results = importlib.import_module("results")
 
 SIZES = {"base": 160_000, "mix": 130_000, "reference": 40_000, "finetune": 15_000, "heldout": 15_000, "code": 10_000}
@@ -79,6 +80,17 @@ def test_arms_differ_in_the_choice_of_tokens_alone(stages: list[Any], mix: str) 
         "random60": ("random", "top_fraction", 0.6),
         "loss60": ("loss", "top_fraction", 0.6),
     }
+
+
+def test_results_are_collected_after_every_stage_that_succeeded(tmp_path: Path) -> None:
+    stages = [
+        pipeline.Stage(name, name, (pipeline.Command(("sh", "-c", script), name),), ())
+        for name, script in (("one", "true"), ("two", "true"), ("three", "exit 3"))
+    ]
+    seen: list[str] = []
+    with (tmp_path / "shown").open("w") as stream, pytest.raises(pipeline.StageFailed):
+        pipeline.Pipeline(tmp_path, stages, Console(file=stream), lambda stage: seen.append(stage.name)).run()
+    assert seen == ["one", "two"]
 
 
 # The corpora.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,21 @@ def test_students_differ_in_what_counts_alone(size: str) -> None:
         assert slm[section].pop(key) != clm[section].pop(key)
     assert slm.pop("objective") != clm.pop("objective")
     assert slm == clm
+
+
+def commands() -> list[list[str]]:
+    lines = (RHO1 / "README.md").read_text().splitlines()
+    return [shlex.split(line) for line in lines if re.match(r"megarpt (pretrain|submit) examples", line)]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_commands_of_the_readme_are_valid(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(RHO1.parents[1])
+    overrides = [word for word in command[3:] if re.match(r"[a-z_]+\.", word)]
+    config = load_config(command[2], overrides, world_size=WORLD)
+    assert config.run.dir.startswith("runs/")
+    if command[1] == "submit":
+        assert command[command.index("--nodes") + 1] == "4"
 
 
 def test_the_commands_of_the_readme_name_files_that_exist() -> None:
