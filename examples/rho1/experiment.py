@@ -1,8 +1,8 @@
 """The experiment: which tokens to train on, on two mixes, over several seeds.
 
-    python examples/rho1/experiment.py                     # 3 seeds, about an hour on one core
-    python examples/rho1/experiment.py --seeds 1           # more seeds later: what is done is kept
-    python examples/rho1/experiment.py --smoke             # every step, one seed, some minutes; models that hardly learned
+    python examples/rho1/experiment.py             # 3 seeds, about an hour on one core
+    python examples/rho1/experiment.py --seeds 1   # more seeds later: what is done is kept
+    python examples/rho1/experiment.py --smoke     # every step, one seed, two arms, some minutes; the models hardly learn
 
 For every seed: corpora (mixes.py) and a tokenizer; then, for every mix, an initialization, a reference model, its losses on
 the students' corpus, six students that share everything but the choice of tokens, and two of them tuned on clean text. The
@@ -56,6 +56,7 @@ class Scale:
     tokens: dict[str, int]  # that each model trains on
     evaluation_interval_steps: int  # of the students
     vocab_size: int = 2048
+    arms: tuple[str, ...] = tuple(ARMS)
     overrides: tuple[str, ...] = ()  # of every model
 
 
@@ -69,6 +70,7 @@ SCALES = {
         {"base": 300_000, "mix": 120_000, "reference": 150_000, "finetune": 40_000, "heldout": 30_000, "code": 10_000},
         {"base": 60_000, "reference": 30_000, "student": 20_000, "finetune": 10_000},
         10,
+        arms=TUNED,
         overrides=("optimizer.lr_warmup_tokens=2000",),
     ),
 }
@@ -145,7 +147,8 @@ def _stages_of_mix(out: Path, seed: int, mix: str, scale: Scale, device: str) ->
         run("reference", "reference model", "reference.yaml", "reference", "reference", f"{mix}-base", (start, *BATCH)),
         score("score", "reference losses", "reference", "ref_nll"),
     ]
-    for arm, (file, objective) in ARMS.items():
+    for arm in scale.arms:
+        file, objective = ARMS[arm]
         sidecar = (f"data.train.0.streams.ref_nll={data / corpus}_ref_nll",) if file == "slm.yaml" else ()
         more = (start, *sidecar, *objective, f"evaluation.interval_steps={scale.evaluation_interval_steps}")
         stages.append(run(arm, results.ARMS[arm], file, corpus, "student", f"{mix}-score", more))

@@ -58,6 +58,8 @@ COLORS = {
     "loss60": "#7e5bef",
 }
 GRID_COLOR = "#e5e7eb"
+WIDE = 140
+"""Columns of a terminal that shows every column of the tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,14 +212,18 @@ def write(out: Path, console: Console) -> None:
         return
     texts = []
     for mix, rows in summary.items():
+        if "clm" not in rows:
+            continue
         header, lines = table(rows)
-        title = f"{MIXES[mix]} ({mix}), mean ± sd of {len(rows['base']['heldout_nats']['by_seed'])} seeds"
-        shown = Table(title=title, title_justify="left")
-        for number, column in enumerate(header):
-            shown.add_column(column, justify="left" if number == 0 else "right")
+        seeds = count(rows["clm"])
+        title = f"{MIXES[mix]} ({mix}), " + (f"mean ± sd of {seeds} seeds" if seeds > 1 else "one seed")
+        columns = len(header) if console.width >= WIDE else len(header) - 2  # all of them are in results.md
+        grid = Table(title=title, title_justify="left")
+        for number, column in enumerate(header[:columns]):
+            grid.add_column(column, justify="left" if number == 0 else "right")
         for line in lines:
-            shown.add_row(*line)
-        console.print(shown)
+            grid.add_row(*line[:columns])
+        console.print(grid)
         rules = ["---"] + ["---:"] * (len(header) - 1)
         texts.append("\n".join([f"**{title}**", "", *("| " + " | ".join(line) + " |" for line in (header, rules, *lines))]))
     for mix, by_seed in results["kept_share_of_excess60"].items():
@@ -238,13 +244,18 @@ def table(rows: Mapping[str, Mapping[str, Spread]]) -> tuple[list[str], list[lis
     for name, label in {**BEFORE, **ARMS, **TUNED}.items():
         if name not in rows:
             continue
-        line = [label]
+        line = [label if count(rows[name]) == count(rows["clm"]) else f"{label}, {count(rows[name])} seeds"]
         for measure, scale, digits in (("heldout_nats", 1, 3), ("heldout_top1", 100, 2), ("code_nats", 1, 3)):
             line.append(shown(rows[name][measure], scale, digits))
             difference = rows[name].get(f"{measure}_minus_clm")
             line.append("" if difference is None else shown(difference, scale, digits, signed=True))
         lines.append(line)
     return header, lines
+
+
+def count(row: Mapping[str, Spread]) -> int:
+    """Over how many seeds a row is."""
+    return len(row["heldout_nats"]["by_seed"])
 
 
 def shown(value: Spread, scale: float, digits: int, *, signed: bool = False) -> str:

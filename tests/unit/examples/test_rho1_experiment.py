@@ -34,9 +34,14 @@ SIZES = {"base": 160_000, "mix": 130_000, "reference": 40_000, "finetune": 15_00
 
 
 @pytest.fixture(params=sorted(experiment.SCALES))
-def stages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def scale(request: pytest.FixtureRequest) -> Any:
+    return experiment.SCALES[request.param]
+
+
+@pytest.fixture
+def stages(scale: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.chdir(experiment.ROOT)
-    return experiment.build_stages(Path("runs/x"), 2, experiment.SCALES[request.param], "cpu")
+    return experiment.build_stages(Path("runs/x"), 2, scale, "cpu")
 
 
 def configurations(stages: list[Any]) -> dict[str, PretrainConfig]:
@@ -56,23 +61,24 @@ def test_every_stage_needs_only_earlier_ones(stages: list[Any]) -> None:
         seen.add(stage.name)
 
 
-def test_every_run_is_a_valid_configuration_with_the_seed(stages: list[Any]) -> None:
+def test_every_run_is_a_valid_configuration_with_the_seed(stages: list[Any], scale: Any) -> None:
     configs = configurations(stages)
-    runs = (*results.BEFORE, *results.ARMS, *results.TUNED)
+    runs = (*results.BEFORE, *scale.arms, *results.TUNED)
     assert set(configs) == {f"{mix}-{run}" for mix in results.MIXES for run in runs}
     assert {config.run.seed for config in configs.values()} == {2}
 
 
 @pytest.mark.parametrize("mix", results.MIXES)
-def test_arms_differ_in_the_choice_of_tokens_alone(stages: list[Any], mix: str) -> None:
-    arms = {arm: configurations(stages)[f"{mix}-{arm}"].model_dump() for arm in results.ARMS}
+def test_arms_differ_in_the_choice_of_tokens_alone(stages: list[Any], scale: Any, mix: str) -> None:
+    configs = configurations(stages)
+    arms = {arm: configs[f"{mix}-{arm}"].model_dump() for arm in scale.arms}
     objectives = {arm: config.pop("objective") for arm, config in arms.items()}
     for config in arms.values():
         config["run"].pop("dir")
         config["data"]["train"][0].pop("streams")
     assert all(config == arms["clm"] for config in arms.values())
     chosen = {arm: (each["scorer"], each["weighting"], each["fraction"]) for arm, each in objectives.items()}
-    assert chosen == {
+    expected = {
         "clm": ("none", "uniform", 1.0),
         "excess40": ("excess_loss", "top_fraction", 0.4),
         "excess60": ("excess_loss", "top_fraction", 0.6),
@@ -80,6 +86,8 @@ def test_arms_differ_in_the_choice_of_tokens_alone(stages: list[Any], mix: str) 
         "random60": ("random", "top_fraction", 0.6),
         "loss60": ("loss", "top_fraction", 0.6),
     }
+    assert set(expected) == set(experiment.ARMS)
+    assert chosen == {arm: expected[arm] for arm in scale.arms}
 
 
 def test_results_are_collected_after_every_stage_that_succeeded(tmp_path: Path) -> None:
