@@ -244,7 +244,7 @@ def table(rows: Mapping[str, Mapping[str, Spread]]) -> tuple[list[str], list[lis
     for name, label in {**BEFORE, **ARMS, **TUNED}.items():
         if name not in rows:
             continue
-        line = [label if count(rows[name]) == count(rows["clm"]) else f"{label}, {count(rows[name])} seeds"]
+        line = [label if count(rows[name]) == count(rows["clm"]) else f"{label} ({count(rows[name])} of the seeds)"]
         for measure, scale, digits in (("heldout_nats", 1, 3), ("heldout_top1", 100, 2), ("code_nats", 1, 3)):
             line.append(shown(rows[name][measure], scale, digits))
             difference = rows[name].get(f"{measure}_minus_clm")
