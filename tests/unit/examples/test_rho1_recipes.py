@@ -64,7 +64,7 @@ def test_students_differ_in_what_counts_alone(size: str) -> None:
 
 
 def commands() -> list[list[str]]:
-    lines = (RHO1 / "README.md").read_text().splitlines()
+    lines = (RHO1 / "README.md").read_text().replace("\\\n", "").splitlines()
     return [shlex.split(line) for line in lines if re.match(r"megarpt (pretrain|submit) examples", line)]
 
 
