@@ -278,10 +278,12 @@ def web_documents(clean: Sequence[Document], code: Sequence[Document], num_bytes
     return shuffled(chosen, f"{seed}:{part}:order")
 
 
-def build(out: Path, sizes: Mapping[str, int], *, packages: Sequence[str], seed: int, workers: int) -> dict[str, Any]:
-    """Writes the five parts, each of about `sizes[part]` bytes, and returns the summary that is also in `corpus.json`."""
-    started = time.perf_counter()
-    modules = read_modules(packages, workers)
+def split_pages(modules: Sequence[Module], seed: int) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+    """The clean pages and the pages of code of every part, shuffled.
+
+    Raises:
+        ValueError: a part has no clean pages.
+    """
     duplicates = NearDuplicates()
     clean: dict[str, list[Document]] = {split: [] for split, _ in SPLITS}
     code: dict[str, list[Document]] = {split: [] for split, _ in SPLITS}
@@ -297,20 +299,34 @@ def build(out: Path, sizes: Mapping[str, int], *, packages: Sequence[str], seed:
         raise ValueError(
             f"no clean English for {', '.join(empty)} in {len(modules)} modules; is the standard library complete?"
         )
+    return clean, code
+
+
+def not_in_training(heldout: Sequence[Document], training: Iterable[Sequence[Document]]) -> tuple[list[Document], float]:
+    """The held-out documents that share next to nothing with the `training` parts, and the largest overlap that is left."""
+    seen = set().union(*(word_shingles(page.text) for part in training for page in part))
+    kept = [document for document in heldout if overlap(document, seen) <= MAX_OVERLAP]
+    return kept, max((overlap(document, seen) for document in kept), default=0.0)
+
+
+def build(out: Path, sizes: Mapping[str, int], *, packages: Sequence[str], seed: int, workers: int) -> dict[str, Any]:
+    """Writes the five parts, each of about `sizes[part]` bytes, and returns the summary that is also in `corpus.json`."""
+    started = time.perf_counter()
+    modules = read_modules(packages, workers)
+    clean, code = split_pages(modules, seed)
     parts = {
         part: web_documents(clean[part], code[part], sizes[part], seed, part)
         if part in MIXED
         else take(clean[part], sizes[part])
         for part, _ in SPLITS
     }
-    seen = set().union(*(word_shingles(page.text) for part, pages in parts.items() if part != "heldout" for page in pages))
-    heldout = [document for document in parts["heldout"] if overlap(document, seen) <= MAX_OVERLAP]
+    heldout, largest = not_in_training(parts["heldout"], [pages for part, pages in parts.items() if part != "heldout"])
     summary: dict[str, Any] = {
         "seed": seed,
         "python": sys.version.split()[0],
         "modules": len(modules),
         "heldout_dropped_for_overlap": len(parts["heldout"]) - len(heldout),
-        "heldout_largest_overlap": round(max((overlap(document, seen) for document in heldout), default=0.0), 4),
+        "heldout_largest_overlap": round(largest, 4),
         "available_clean_bytes": {part: sum(len(page.text) for page in pages) for part, pages in clean.items()},
         "parts": {},
     }
@@ -329,7 +345,7 @@ def overlap(document: Document, seen: set[int]) -> float:
     return len(shingles & seen) / len(shingles)
 
 
-def write_jsonl(path: Path, documents: Sequence[Document]) -> dict[str, int]:
+def write_jsonl(path: Path, documents: Sequence[Document], kinds: Sequence[str] = ("clean", "code", "noise")) -> dict[str, int]:
     """One document a line; the final name appears only when the file is complete."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as stream:
@@ -337,7 +353,7 @@ def write_jsonl(path: Path, documents: Sequence[Document]) -> dict[str, int]:
             stream.write(document.as_json() + "\n")
     os.replace(partial, path)
     sizes = {"documents": len(documents), "bytes": sum(len(document.text.encode()) for document in documents)}
-    for kind in ("clean", "code", "noise"):
+    for kind in kinds:
         sizes[f"{kind}_bytes"] = sum(len(document.text.encode()) for document in documents if document.kind == kind)
     sizes["noise_inside_clean_chars"] = sum(
         end - start for document in documents if document.kind == "clean" for start, end in document.noise

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +85,7 @@ class Pipeline:
     out: Path
     stages: Sequence[Stage]
     console: Console
+    after_stage: Callable[[Stage], None] = lambda stage: None  # called with every stage that was run and succeeded
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> seconds its last run took
     _states: dict[str, str] = field(default_factory=dict)
     _started: dict[str, float] = field(default_factory=dict)
@@ -157,6 +158,7 @@ class Pipeline:
         self._states[stage.name] = "done"
         path.write_text(json.dumps({"finished": key, "seconds": self.seconds[stage.name]}))
         self._say(f"    done in {self.seconds[stage.name]:.1f} s")
+        self.after_stage(stage)
 
     def _run_commands(self, stage: Stage, commands: Sequence[Command], live: Live | None) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // len(commands))
