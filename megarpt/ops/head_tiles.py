@@ -16,7 +16,7 @@ Dims: t tokens, n tokens with a label, k tokens with an upstream gradient, h hid
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,16 +143,8 @@ def head_statistics(
 
 
 @head_statistics.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    inverse_temperature: float,
-    entropy: bool,
-    tile_rows: int,
-    tile_columns: int,
-    kept_columns: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, entropy, _, _, kept_columns = others
     t = hidden.shape[0]
     state = RowState.start(t, hidden, entropy)
     weighted = state.sum.new_empty(0) if state.weighted is None else state.weighted
@@ -230,27 +222,8 @@ def head_gradients(
 
 
 @head_gradients.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    active: Tensor,
-    kept: Tensor,
-    largest: Tensor,
-    log_sum: Tensor,
-    constant: Tensor,
-    slope: Tensor | None,
-    at_label: Tensor,
-    best: Tensor,
-    at_best: Tensor,
-    inverse_temperature: float,
-    tile_rows: int,
-    tile_columns: int,
-    kept_columns: int,
-    needs_hidden: bool,
-    needs_weight: bool,
-    main_grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    needs_hidden, needs_weight, main_grad = others[-3:]
     grad_hidden = hidden.new_empty(hidden.shape) if needs_hidden else hidden.new_empty(0)
     return grad_hidden, weight.new_empty(weight.shape) if needs_weight and main_grad is None else weight.new_empty(0)
 

@@ -199,14 +199,7 @@ def write_mask(
 
 
 @write_mask.register_fake
-def _(
-    score: Tensor,
-    valid: Tensor,
-    search: Tensor,
-    order: Tensor | None,
-    order_search: Tensor | None,
-    starts: Tensor | None,
-) -> Tensor:
+def _(score: Tensor, valid: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(valid)
 
 
@@ -241,17 +234,7 @@ def write_mask_and_sums(
 
 
 @write_mask_and_sums.register_fake
-def _(
-    score: Tensor,
-    valid: Tensor,
-    search: Tensor,
-    order: Tensor | None,
-    order_search: Tensor | None,
-    starts: Tensor | None,
-    logprob: Tensor,
-    reference: Tensor,
-    previous: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(score: Tensor, valid: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(valid), _room_for_sums(score)[1]
 
 
@@ -282,14 +265,7 @@ def sum_selected(
 
 
 @sum_selected.register_fake
-def _(
-    nll: Tensor,
-    score: Tensor | None,
-    reference: Tensor | None,
-    valid: Tensor,
-    mask: Tensor,
-    previous: Tensor | None,
-) -> Tensor:
+def _(nll: Tensor, *others: Any) -> Tensor:
     return _room_for_sums(nll)[1]
 
 
