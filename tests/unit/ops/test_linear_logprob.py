@@ -340,3 +340,26 @@ def test_one_graph_under_compile(options: dict) -> None:
     torch.testing.assert_close(
         gradients(compiled(hidden, weight, labels), hidden, weight), gradients(loss(hidden, weight, labels), hidden, weight)
     )
+
+
+@pytest.mark.parametrize("options", PATHS)
+def test_fp32_tiles_of_half_precision_as_a_gpu_has_them(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the product gives fp32 logits of bf16 factors, backward needs their gradient in bf16 beside them."""
+
+    def wide_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+        out.copy_(left.to(out.dtype) @ right.to(out.dtype))
+
+    monkeypatch.setattr(head_tiles, "tile_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(head_tiles, "_product_into", wide_product)
+    hidden, weight, labels = inputs(dtype=torch.bfloat16)
+    labels[4] = -100
+    keep = torch.rand(T, generator=torch.Generator().manual_seed(3)) < 0.6
+    stats = linear_logprob(hidden, weight, labels, **options)
+    wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    exact = reference.linear_logprob(*wide, labels)
+    torch.testing.assert_close(stats.logprob, exact[0])  # to fp32's precision: no logit was rounded to bf16
+    actual = gradients(stats.logprob[keep].sum(), hidden, weight)
+    expected = gradients(exact[0][keep].sum(), *wide)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.float(), theirs, rtol=2e-2, atol=2e-2)
