@@ -38,8 +38,8 @@ def data(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         data.read.append((progress.step, int(batches[0].sample_index[0])))
         return call(self, batches, progress)
 
-    def spiking(self: TrainStep) -> Any:
-        sums = reduce(self)
+    def spiking(self: TrainStep, settled: Any) -> Any:
+        sums = reduce(self, settled)
         if int(self.outputs[0][0].sample_index[0]) in data.bad:
             sums["loss_sum"] = (20.0 * sums["loss_sum"][0], sums["loss_sum"][1])
         return sums
