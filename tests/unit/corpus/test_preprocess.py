@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megarpt.corpus import atomic, joiner, preprocess, worker
+from megarpt.corpus import atomic, joiner, pool, preprocess, worker
 from megarpt.corpus.console import Stopped, StopSignal
 from megarpt.corpus.encoders import ReferenceEncoder
 from megarpt.corpus.indexed import CorpusIndex, bin_path, idx_path, manifest_path
@@ -308,7 +308,8 @@ def test_a_dead_worker_is_named(tmp_path: Path, write_jsonl: Callable[..., str],
     def die(*_args: Any) -> None:
         os._exit(3)
 
-    monkeypatch.setattr(worker, "_encode_segments", die)  # forked workers take it along
+    monkeypatch.setattr(worker, "_encode_segments", die)  # forked workers take it along, and only they:
+    monkeypatch.setattr(pool.threading, "active_count", lambda: 1)  # another test may have left a thread behind
     with pytest.raises(MegarptError, match=r"worker [01] \(process \d+\) ended with code 3 while it worked on shard [01]"):
         run(write_jsonl(TEXTS), tmp_path / "c")
     monkeypatch.undo()
