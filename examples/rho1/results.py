@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import selection  # the demo's, found through the line above
 
+from megarpt.corpus.indexed import CorpusIndex
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.train.metrics_file import read_metrics
 
@@ -165,17 +166,23 @@ def kept_shares(folder: Path, mix: str, fraction: float = 0.6) -> dict[str, floa
         return None
     tokenizer = load_tokenizer(str(folder / "tokenizer.model"))
     documents = [json.loads(line) for line in (folder / "corpus" / f"mix_{mix}.jsonl").read_text("utf-8").splitlines()]
-    streams = (selection.read_documents(prefix) for prefix in (folder / "data" / f"mix_{mix}", student, reference))
+    streams = (read_documents(prefix) for prefix in (folder / "data" / f"mix_{mix}", student, reference))
     kinds: list[str] = []
     excess: list[float] = []
     for document, ids, own, others in zip(documents, *streams, strict=True):
-        spans = selection.token_spans(tokenizer, ids, document["text"])
+        spans = selection.token_spans(tokenizer, ids.tolist(), document["text"])
         kinds += [selection.token_kind(document, begin, end) for begin, end in spans]
         excess += (own - others)[: len(spans)].tolist()  # without the end of the document
     scores, names = np.array(excess), np.array(kinds)
     predicted = np.isfinite(scores)
     kept = scores >= np.quantile(scores[predicted], 1.0 - fraction)
     return {kind: float(kept[here].mean()) for kind in KINDS if (here := predicted & (names == kind)).any()}
+
+
+def read_documents(prefix: Path) -> list[np.ndarray]:
+    """The values of every document of an indexed file."""
+    index = CorpusIndex(prefix)
+    return [index.read_document(number) for number in range(index.num_documents)]
 
 
 def write_results(out: Path) -> dict[str, Any]:
