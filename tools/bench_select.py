@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megarpt.ops import _ext
-from megarpt.ops.token_select import global_threshold, select_excess, select_top_fraction
+from megarpt.ops.token_select import SelectionSums, global_threshold, select_excess, select_top_fraction, selection_sums
 
 
 def kthvalue(score: Tensor, fraction: float) -> Tensor:
@@ -35,6 +35,13 @@ def topk(score: Tensor, fraction: float) -> Tensor:
     """The k largest, ties as they come."""
     best = score.topk(round(fraction * score.numel()), sorted=False).indices
     return torch.zeros_like(score, dtype=torch.bool).scatter_(0, best, True)
+
+
+def in_parts(logprob: Tensor, reference: Tensor, valid: Tensor, fraction: float, order: Tensor) -> SelectionSums:
+    """As training does it, where any scorer goes with any weighting."""
+    score = -logprob - reference
+    mask = select_top_fraction(score, valid, fraction, order=order).mask
+    return selection_sums(-logprob, score, reference, valid, mask)
 
 
 def in_torch(call: Callable[[], object]) -> Callable[[], object]:
@@ -51,12 +58,14 @@ def contenders(n: int, fraction: float) -> dict[str, Callable[[], object]]:
     """Name -> one selection of n scores."""
     generator = torch.Generator().manual_seed(0)
     score, reference = torch.randn(n, generator=generator), torch.rand(n, generator=generator)
+    logprob = -score
     valid, order, equal = torch.ones(n, dtype=torch.bool), torch.arange(n), torch.zeros(n)
     mask, copy = torch.empty_like(valid), torch.empty_like(score)
     ours: dict[str, Callable[[], object]] = {
         "select_top_fraction": lambda: select_top_fraction(score, valid, fraction, order=order),
         "select_top_fraction, all equal": lambda: select_top_fraction(equal, valid, fraction, order=order),
-        "select_excess": lambda: select_excess(-score, reference, valid, fraction, order=order),
+        "select_excess": lambda: select_excess(logprob, reference, valid, fraction, order=order),
+        "select_excess, in its three parts": lambda: in_parts(logprob, reference, valid, fraction, order),
         "global_threshold": lambda: global_threshold(score, valid, fraction),
     }
     plain = {f"{name}, plain torch": in_torch(call) for name, call in ours.items()}

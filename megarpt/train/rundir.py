@@ -28,6 +28,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import yaml
+from pydantic import ValidationError
 
 from megarpt.config.load import dump_resolved
 from megarpt.config.schema import PretrainConfig
@@ -264,7 +265,7 @@ class RunDir:
             raise DataError(f"{stored} is unreadable ({error}); restore it from a copy, or choose another run.dir") from error
         if not isinstance(old, Mapping):
             raise DataError(f"{stored} holds {type(old).__name__}, expected a mapping; restore it, or choose another run.dir")
-        differences = config_differences(_effective(old), _effective(config.model_dump(mode="json")))
+        differences = config_differences(_effective(_filled_in(old)), _effective(config.model_dump(mode="json")))
         blocking = [d for d in differences if not may_differ(d, config)]
         if blocking:
             lines = "\n".join(f"  {d}" for d in blocking)
@@ -361,6 +362,14 @@ def may_differ(difference: Difference, config: PretrainConfig) -> bool:
     if key == "optimizer.lr_decay_tokens":
         return config.optimizer.lr_decay_style == "constant"
     return False
+
+
+def _filled_in(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the defaults of settings that the version which stored it did not have; as it is where a value is unknown today."""
+    try:
+        return PretrainConfig.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 def _effective(config: Mapping[str, Any]) -> Mapping[str, Any]:

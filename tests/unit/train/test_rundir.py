@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megarpt.config.load import load_config
 from megarpt.config.schema import PretrainConfig
@@ -273,6 +274,29 @@ def test_the_micro_batch_is_bound_where_tokens_compete_in_it(make_config: MakeCo
     run_once(make_config(objective=objective))
     with pytest.raises(ConfigError, match=r"batch\.micro_batch_size: was 8, now 4"):
         RunDir.open(make_config(objective=objective, batch={"micro_batch_size": 4}), has_checkpoint=True)
+
+
+def _store_without(run: RunDir, section: str, key: str, **more: Any) -> None:
+    path = run.path / "config.yaml"
+    stored = yaml.safe_load(path.read_text())
+    del stored[section][key]
+    stored[section] |= more
+    path.write_text(yaml.safe_dump(stored))
+
+
+def test_a_run_of_an_older_version_continues_where_new_settings_have_their_defaults(make_config: MakeConfig) -> None:
+    _store_without(run_once(make_config()), "objective", "second")
+    run = run_once(make_config(), has_checkpoint=True)
+    assert not run.config_changes
+    _store_without(run, "train", "precision")
+    with pytest.raises(ConfigError, match=r"train\.precision: was fp32, now bf16"):
+        RunDir.open(make_config(train={"precision": "bf16"}), has_checkpoint=True)
+
+
+def test_a_setting_that_no_longer_exists_is_named(make_config: MakeConfig) -> None:
+    _store_without(run_once(make_config()), "objective", "second", former=3)
+    with pytest.raises(ConfigError, match=r"objective\.former: was 3, now \(absent\)"):
+        RunDir.open(make_config(), has_checkpoint=True)
 
 
 def test_without_a_checkpoint_any_configuration_starts_anew(make_config: MakeConfig) -> None:
