@@ -247,6 +247,16 @@ class ParallelConfig(Section):
     """Gather parameters while the next forward pass is already running; needs use_distributed_optimizer."""
 
 
+class StreamConfig(Section):
+    """Layers that keep nothing but their input, and are computed again chunk by chunk in the backward pass (StreamBP)."""
+
+    layers: bool = False
+    """Stream all layers. Exact, like recomputation, in a fraction of its memory; excludes model.mcore.recompute_granularity."""
+    chunk_tokens: Positive = 2048
+    """At most this many of a rank's tokens are worked on at a time. Fewer need less memory, and more time where attention or
+    the matrix products become too small to be efficient."""
+
+
 class EvaluationConfig(Section):
     """Held-out loss on all tokens, comparable across selection rates."""
 
@@ -338,6 +348,7 @@ class PretrainConfig(Section):
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     train: TrainConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    stream: StreamConfig = Field(default_factory=StreamConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)

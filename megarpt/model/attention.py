@@ -10,12 +10,10 @@ Dims: t packed tokens (t_q of them queries of this rank), np query heads, ng key
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -23,18 +21,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from megarpt.model.context import QueryRange, gather_shares
-
-
-@dataclass
-class PackedSegments(PackedSeqParams):
-    """Attention segments of a flattened batch.
-
-    `qkv_format` stays "sbhd", so megatron-core rotates positions as for one long sequence; the model hands it rotary angles
-    already gathered by `position_ids`.
-    """
-
-    ranges: tuple[QueryRange, ...] = ()  # this rank's queries, in order; adding up to t_q
+from megarpt.ops.causal_attention import causal_attention
+from megarpt.parallel.context import QueryRange, gather_shares
+from megarpt.streaming.chunks import PackedSegments
+from megarpt.streaming.keys import KeyValues
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -74,6 +64,8 @@ class SdpaCoreAttention(MegatronModule):
     ) -> Tensor:
         if packed_seq_params is None:
             out = self._dense(query, key, value)
+        elif packed_seq_params.keys is not None:
+            out = self._chunk(query, key, value, packed_seq_params, packed_seq_params.keys)
         else:
             out = self._packed(query, key, value, packed_seq_params)
         return out.reshape(*query.shape[:2], -1)
@@ -95,6 +87,16 @@ class SdpaCoreAttention(MegatronModule):
         ]
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
+    def _chunk(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, keys: KeyValues) -> Tensor:
+        """Queries of a chunk to the keys of all tokens."""
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, queries: QueryRange) -> Tensor:
+            q, k, v = (x.squeeze(1) for x in (q, k, v))
+            return self._range(q, k, v, queries, packed.max_seqlen_q).unsqueeze(1)
+
+        (chunk,) = packed.chunks
+        return keys.attend(attend, query, key, value, chunk.tokens, chunk.queries)
+
     def _range(self, q: Tensor, k: Tensor, v: Tensor, queries: QueryRange, longest: int) -> Tensor:
         """[t_q, heads, hn] in and out."""
         if queries.query_lengths:
@@ -106,18 +108,17 @@ class SdpaCoreAttention(MegatronModule):
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[b, heads, s, hn] in and out; the queries are the last of the keys."""
+        if not (self.dropout and self.training):
+            return causal_attention(q, k, v, scale=self.softmax_scale)
         n_q, n_kv = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < n_q < n_kv:  # torch's causal flag aligns top-left, so the bottom-right triangle is spelled out
-            mask = torch.ones(n_q, n_kv, dtype=torch.bool, device=q.device).tril(n_kv - n_q)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=torch.ones(n_q, n_kv, dtype=torch.bool, device=q.device).tril(n_kv - n_q) if n_q < n_kv else None,
             is_causal=n_q == n_kv,
             scale=self.softmax_scale,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 

@@ -141,7 +141,7 @@ def build_network(
     last_piece = (config.virtual_pipeline_model_parallel_size or 1) - 1
     return TokenStatsGPT(
         config=config,
-        transformer_layer_spec=decoder_spec(config, backend, pp_rank=pp_rank, vp_stage=vp_stage),
+        transformer_layer_spec=decoder_spec(config, backend, streamed=cfg.stream.layers, pp_rank=pp_rank, vp_stage=vp_stage),
         vocab_size=padded_vocab_size(cfg.model, vocab_size, config.tensor_model_parallel_size),
         pre_process=pp_rank == 0 and not vp_stage,
         post_process=pp_rank == last_stage and vp_stage in (None, last_piece),
@@ -151,6 +151,7 @@ def build_network(
         valid_vocab_size=valid,
         head_chunk_tokens=cfg.train.head_chunk_tokens,
         head_keep_bytes=cfg.train.head_keep_mib * 2**20,
+        stream_chunk_tokens=cfg.stream.chunk_tokens if cfg.stream.layers else 0,
         **preset.gpt_arguments(cfg.model.gpt.model_dump()),
     )
 

@@ -17,11 +17,11 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megarpt.model.attention import PackedSegments
 from megarpt.model.build import unwrap
-from megarpt.model.context import gather_shares, query_ranges, take_share
-from megarpt.model.token_stats_gpt import HeadMode
+from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
+from megarpt.parallel.context import gather_shares, query_ranges, take_share
 from megarpt.parallel.layout import ProcessGroups
+from megarpt.streaming.chunks import Chunk, PackedSegments, cut, deal
 from megarpt.structs import TokenBatch, TokenStats
 
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any] | None]]
@@ -38,6 +38,7 @@ def head_output(model: torch.nn.Module, batch: TokenBatch, mode: HeadMode) -> Te
     network = unwrap(model)
     cp = network.pg_collection.cp
     network.head_mode = mode
+    chunks, dealt = _stream(network, batch)
     packed = PackedSegments(
         qkv_format="sbhd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -45,19 +46,48 @@ def head_output(model: torch.nn.Module, batch: TokenBatch, mode: HeadMode) -> Te
         max_seqlen_q=s,
         max_seqlen_kv=s,
         ranges=query_ranges(batch.cu_seqlens, b * s, cp.rank(), cp.size()),
+        chunks=chunks,
+        dealt=dealt,
     )
+
+    def share(values: Tensor) -> Tensor:
+        own = take_share(values.flatten(), cp)
+        return (own if dealt is None else own[dealt])[None]
+
     out = model(
-        input_ids=take_share(batch.tokens.flatten(), cp)[None],
-        position_ids=take_share(batch.position_ids.flatten(), cp)[None],
+        input_ids=share(batch.tokens),
+        position_ids=share(batch.position_ids),
         attention_mask=None,
-        labels=take_share(batch.labels.flatten(), cp)[None],
+        labels=share(batch.labels),
         packed_seq_params=packed,
     )
     if not network.post_process:
         return out
-    first, second = (None if x is None else gather_shares(x, cp, sums_gradients=False).view(b, s) for x in out)
+
+    def whole(values: Tensor) -> Tensor:
+        own = values if dealt is None else torch.empty_like(values).index_copy(0, dealt, values)
+        return gather_shares(own, cp, sums_gradients=False).view(b, s)
+
+    first, second = (None if x is None else whole(x) for x in out)
     assert first is not None
     return first, second
+
+
+def _stream(network: TokenStatsGPT, batch: TokenBatch) -> tuple[tuple[Chunk, ...], Tensor | None]:
+    """How the network's layers are to cut the micro-batch, and how its tokens are to be dealt out for that."""
+    if not network.stream_chunk_tokens:
+        return (), None
+    cp, tp = network.pg_collection.cp, network.pg_collection.tp
+    sp_size = tp.size() if network.config.sequence_parallel else 1
+    chunks = cut(
+        batch.cu_seqlens,
+        batch.tokens.numel(),
+        network.stream_chunk_tokens,
+        cp_rank=cp.rank(),
+        cp_size=cp.size(),
+        sp_size=sp_size,
+    )
+    return chunks, deal(chunks, sp_size, batch.tokens.device) if sp_size > 1 else None
 
 
 def run_schedule(

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megarpt.device.libraries import has_transformer_engine
 from megarpt.model.attention import SdpaCoreAttention
 from megarpt.model.norm import TorchNorm
+from megarpt.streaming.layer import StreamedTransformerLayer
 
 Backend = Literal["te", "torch"]
 
@@ -22,14 +23,19 @@ def default_backend(is_cuda: bool) -> Backend:
 
 
 def decoder_spec(
-    config: TransformerConfig, backend: Backend, *, pp_rank: int = 0, vp_stage: int | None = None
+    config: TransformerConfig, backend: Backend, *, streamed: bool = False, pp_rank: int = 0, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """What megatron-core's GPTModel builds the decoder layers of one pipeline stage (or one piece of it) from."""
+    """What megatron-core's GPTModel builds the decoder layers of one pipeline stage (or one piece of it) from.
+
+    `streamed` layers keep their input alone and have the same parameters.
+    """
     is_te = backend == "te"
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=is_te, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
     )
     for layer in block.layer_specs:
+        if streamed:
+            layer.module = StreamedTransformerLayer
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = SdpaCoreAttention  # Transformer Engine's does not see document borders in this layout
         if is_te:

@@ -31,10 +31,17 @@ class TokenStatsGPT(GPTModel):
     """
 
     def __init__(
-        self, *args: Any, valid_vocab_size: int, head_chunk_tokens: int = 0, head_keep_bytes: int = 0, **kwargs: Any
+        self,
+        *args: Any,
+        valid_vocab_size: int,
+        head_chunk_tokens: int = 0,
+        head_keep_bytes: int = 0,
+        stream_chunk_tokens: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.valid_vocab_size = valid_vocab_size
+        self.stream_chunk_tokens = stream_chunk_tokens  # 0 where layers are not streamed
         self.head_chunk_tokens, self.head_keep_bytes = head_chunk_tokens, head_keep_bytes
         self.head_mode = HeadMode.LOGPROB
         self.rope_scaling_factor = kwargs.get("rope_scaling_factor")
@@ -46,7 +53,10 @@ class TokenStatsGPT(GPTModel):
         out = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
         packed_as_one_sequence = packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd"
         if self.position_embedding_type == "rope" and packed_as_one_sequence:
-            angles = out[1][position_ids[0]]  # [max_seqlen, 1, 1, hn] -> [t, 1, 1, hn]
+            positions = position_ids[0]
+            if packed_seq_params.dealt is not None:  # attention takes its chunks in order
+                positions = torch.empty_like(positions).index_copy_(0, packed_seq_params.dealt, positions)
+            angles = out[1][positions]  # [max_seqlen, 1, 1, hn] -> [t, 1, 1, hn]
             out = (out[0], angles, *out[2:])
         return out
 

@@ -71,6 +71,7 @@ _FREE_KEYS = (
     "train.head_chunk_tokens",
     "train.head_keep_mib",
     "parallel",
+    "stream",
     "model.mcore.recompute_granularity",
     "model.mcore.recompute_method",
     "model.mcore.recompute_num_layers",

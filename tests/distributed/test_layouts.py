@@ -126,6 +126,7 @@ def configuration(case: dict[str, Any], parallel: dict[str, Any]) -> PretrainCon
             "batch": {"micro_batch_size": MICRO_BATCH, "global_batch_size": SAMPLES},
             "objective": case.get("objective", {}),
             "parallel": parallel,
+            "stream": case.get("stream", {}),
             "train.precision": case.get("precision", "fp32"),
             "optimizer": {"lr": 3e-3, "min_lr": 3e-3, "lr_decay_style": "constant", "clip_grad": 0.5},
         }
@@ -216,9 +217,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return ask
 
 
-def check(name: str, world: int, parallel: dict[str, Any], alone: Any, tolerance: float = 1e-5) -> None:
+def check(
+    name: str, world: int, parallel: dict[str, Any], alone: Any, tolerance: float = 1e-5, stream: dict[str, Any] | None = None
+) -> None:
     expected, folder = alone(name)
-    ranks = spawn(world, train, CASES[name], parallel, folder)
+    ranks = spawn(world, train, {**CASES[name], "stream": stream or {}}, parallel, folder)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(expected["losses"], abs=tolerance)
         assert rank["norms"] == pytest.approx(expected["norms"], rel=20 * tolerance)
@@ -287,6 +290,31 @@ def test_recomputation_changes_nothing(case: str, layout: str, alone: Any) -> No
     world, parallel = LAYOUTS[layout]
     for rank in spawn(world, train, CASES[case], parallel, folder):
         assert rank["losses"] == pytest.approx(expected["losses"], abs=1e-5)
+
+
+STREAMED = {"layers": True, "chunk_tokens": 24}  # of 128 in a micro-batch
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", ["lm", "selection"])
+def test_streamed_layers_agree_with_one_process_that_keeps_everything(case: str, layout: str, alone: Any) -> None:
+    check(case, *LAYOUTS[layout], alone, stream=STREAMED)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_streamed_layers_of_experts_agree(layout: str, alone: Any) -> None:
+    check("experts-selection", *EXPERT_LAYOUTS[layout], alone, stream=STREAMED)
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2-sp-pp2", "pp2-cp2"])
+@pytest.mark.parametrize("case", ["gpt2", "qwen3", "online"])
+def test_streamed_layers_of_other_models_agree(case: str, layout: str, alone: Any) -> None:
+    check(case, *LAYOUTS[layout], alone, stream=STREAMED)
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2-zero-overlapped", "tp2-sp", "pp2-interleaved", "cp2"])
+def test_streamed_layers_agree_in_bf16(layout: str, alone: Any) -> None:
+    check("bf16", *LAYOUTS[layout], alone, tolerance=1e-2, stream=STREAMED)
 
 
 def test_a_wrong_normaliser_would_be_seen(alone: Any) -> None:

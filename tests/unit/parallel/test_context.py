@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megarpt.device.runtime import Runtime
 from megarpt.model.attention import PackedSegments, SdpaCoreAttention
-from megarpt.model.context import query_ranges, take_share
+from megarpt.parallel.context import query_ranges, take_share
 from megarpt.parallel.layout import ProcessGroups
 
 T = 48

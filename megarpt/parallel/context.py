@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, reduce_scatter_to_sequence_parallel_region
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -43,16 +43,40 @@ def query_ranges(cu_seqlens: Tensor, num_tokens: int, cp_rank: int, cp_size: int
         lengths = tuple(cu_seqlens.diff().tolist()) if on_cpu else ()
         return (QueryRange(num_tokens, slice(0, num_tokens), lengths, lengths, cu_seqlens, cu_seqlens),)
     edges = cu_seqlens.tolist()
-    size = _piece(num_tokens, cp_size)
-    return tuple(_range(edges, piece * size, (piece + 1) * size, cu_seqlens) for piece in _pieces(cp_rank, cp_size))
+    return tuple(query_range(edges, *piece, cu_seqlens.device) for piece in pieces_of(num_tokens, cp_rank, cp_size))
+
+
+def query_range(edges: Sequence[int], start: int, end: int, device: torch.device) -> QueryRange:
+    """What tokens start to end of the micro-batch attend to. `edges` are its cu_seqlens."""
+    first_key = edges[bisect_right(edges, start) - 1]
+    inside = edges[bisect_right(edges, start) : bisect_left(edges, end)]
+    queries = torch.tensor([start, *inside, end], dtype=torch.int32) - start
+    keys = torch.tensor([first_key, *inside, end], dtype=torch.int32) - first_key
+    on_cpu = device.type == "cpu"
+    return QueryRange(
+        num_queries=end - start,
+        keys=slice(first_key, end),
+        query_lengths=tuple(queries.diff().tolist()) if on_cpu else (),
+        key_lengths=tuple(keys.diff().tolist()) if on_cpu else (),
+        cu_seqlens_q=queries.to(device),
+        cu_seqlens_k=keys.to(device),
+    )
+
+
+def pieces_of(num_tokens: int, cp_rank: int, cp_size: int) -> tuple[tuple[int, int], ...]:
+    """(start, end) of the tokens of a rank, in the order in which it holds them; everything in one where nobody shares."""
+    if cp_size == 1:
+        return ((0, num_tokens),)
+    assert num_tokens % (2 * cp_size) == 0, f"{num_tokens} tokens do not divide into 2 x {cp_size} pieces"
+    size = num_tokens // (2 * cp_size)
+    return tuple((piece * size, (piece + 1) * size) for piece in (cp_rank, 2 * cp_size - 1 - cp_rank))
 
 
 def take_share(values: Tensor, group: ProcessGroup) -> Tensor:
     """The entries of this rank, its two pieces one behind the other. Shapes: [t, ...] -> [t / cp, ...]."""
     if group.size() == 1:
         return values
-    size = _piece(values.shape[0], group.size())
-    return torch.cat([values.narrow(0, piece * size, size) for piece in _pieces(group.rank(), group.size())])
+    return torch.cat([values[start:end] for start, end in pieces_of(values.shape[0], group.rank(), group.size())])
 
 
 def gather_shares(values: Tensor, group: ProcessGroup, *, sums_gradients: bool) -> Tensor:
@@ -78,26 +102,12 @@ def gather_shares(values: Tensor, group: ProcessGroup, *, sums_gradients: bool) 
     return torch.cat([*early, *reversed(late)])
 
 
-def _pieces(rank: int, cp_size: int) -> tuple[int, int]:
-    return rank, 2 * cp_size - 1 - rank
+def sum_shares(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over all ranks of this rank's entries; what `gather_shares` does backward where it sums gradients.
 
-
-def _piece(num_tokens: int, cp_size: int) -> int:
-    assert num_tokens % (2 * cp_size) == 0, f"{num_tokens} tokens do not divide into 2 x {cp_size} pieces"
-    return num_tokens // (2 * cp_size)
-
-
-def _range(edges: Sequence[int], start: int, end: int, like: Tensor) -> QueryRange:
-    first_key = edges[bisect_right(edges, start) - 1]
-    inside = edges[bisect_right(edges, start) : bisect_left(edges, end)]
-    queries = torch.tensor([start, *inside, end], dtype=torch.int32) - start
-    keys = torch.tensor([first_key, *inside, end], dtype=torch.int32) - first_key
-    on_cpu = like.device.type == "cpu"
-    return QueryRange(
-        num_queries=end - start,
-        keys=slice(first_key, end),
-        query_lengths=tuple(queries.diff().tolist()) if on_cpu else (),
-        key_lengths=tuple(keys.diff().tolist()) if on_cpu else (),
-        cu_seqlens_q=queries.to(like.device),
-        cu_seqlens_k=keys.to(like.device),
-    )
+    Shapes: [t, ...] -> [t / cp, ...]. Collectives: a reduce-scatter.
+    """
+    if group.size() == 1:
+        return values
+    by_rank = [values[start:end] for r in range(group.size()) for start, end in pieces_of(len(values), r, group.size())]
+    return reduce_scatter_to_sequence_parallel_region(torch.cat(by_rank), group=group)

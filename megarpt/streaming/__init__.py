@@ -1,0 +1,1 @@
+"""StreamBP: exact gradients of whole layers from a chunk of tokens at a time."""

@@ -1,0 +1,177 @@
+"""A transformer layer that keeps its input and nothing else.
+
+Forward, chunk by chunk, no activation survives. Backward, the keys and values of all tokens are computed first; then each
+chunk, the last one first, is computed again with its graph and differentiated at once. A chunk's keys are seen by itself and by
+later chunks, so when its turn comes their gradient is complete and flows through the same graph. Parameters' gradients add up
+over the chunks and reach autograd once.
+
+Under context parallelism later chunks lie on other ranks as well: the gradients of keys are summed over ranks when all chunks
+are done, and a second, short walk takes them through the projection.
+
+Source: StreamBP (arXiv 2506.03077), section 3.2.
+
+Dims: t tokens of the flattened micro-batch on this rank, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
+from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel.random import _fork_rng, _get_all_rng_states, _set_all_rng_states
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from megarpt.streaming.chunks import Chunk, PackedSegments
+from megarpt.streaming.gradients import ParameterGradients
+from megarpt.streaming.keys import KeyValues
+
+
+class StreamedTransformerLayer(TransformerLayer):
+    """megatron-core's layer, streamed where it is given packed segments with chunks, and itself everywhere else.
+
+    The parameters and their names are those of the layer it is. Of a layer of experts the attention half is streamed; the
+    expert half, whose routing and balance loss look at all tokens together, is recomputed as a whole.
+
+    Collectives: those of the layer, for each chunk. Under context parallelism also two all-gathers of keys and values in
+    either pass, and two reduce-scatters of their gradients.
+    Error: gradients within 1e-12 of the whole layer's in fp64 (tests/unit/streaming/test_layer.py).
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSegments | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if packed_seq_params is None or not packed_seq_params.chunks:
+            return super().forward(
+                hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
+            )
+        work = _Work(self, packed_seq_params, rotary_pos_emb)
+        parameters = [parameter for parameter in self._streamed_parameters() if parameter.requires_grad]
+        out: Tensor = _Streamed.apply(work, hidden_states, *parameters)
+        if self.is_moe_layer:
+            out = checkpoint(self._forward_mlp, False, out) if torch.is_grad_enabled() else self._forward_mlp(out)
+        return out, None
+
+    def draws_random_numbers(self) -> bool:
+        """Whether the streamed part depends on random numbers, which then have to be the same when it is computed again."""
+        return self.training and (self.hidden_dropout > 0.0 or self.config.attention_dropout > 0.0)
+
+    def keys_and_values(self, hidden: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Of a chunk, as its attention would compute them. Shapes: [n, 1, h] -> [n, 1, ng, hn] each."""
+        attention, config = self.self_attention, self.config
+        _, key, value, *_ = attention.get_query_key_value_tensors(
+            self.input_layernorm(hidden), output_gate=config.attention_output_gate
+        )
+        if angles is not None and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]):
+            scale = _yarn_get_concentration_factor_from_config(config)
+            key = apply_rotary_pos_emb(key, angles, config=config, mscale=scale, cp_group=self.pg_collection.cp)
+        return key, value
+
+    def run_attention(self, hidden: Tensor, angles: Tensor | None, packed: PackedSegments) -> Tensor:
+        """The first half of the layer."""
+        out: Tensor = self._forward_attention(hidden, rotary_pos_emb=angles, packed_seq_params=packed)[0]
+        return out
+
+    def run_mlp(self, hidden: Tensor) -> Tensor:
+        """The second half, where it is streamed."""
+        return hidden if self.is_moe_layer else self._forward_mlp(hidden)
+
+    def _streamed_parameters(self) -> Sequence[Parameter]:
+        experts = set(map(id, (*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()))) if self.is_moe_layer else set()
+        return [parameter for parameter in self.parameters() if id(parameter) not in experts]
+
+
+class _Work(NamedTuple):
+    """One pass of a layer over a micro-batch."""
+
+    layer: StreamedTransformerLayer
+    packed: PackedSegments
+    angles: Tensor | None  # [t, 1, 1, hn]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.chunks[-1].tokens.stop
+
+    def angles_of(self, chunk: Chunk) -> Tensor | None:
+        return None if self.angles is None else self.angles[chunk.tokens]
+
+    def of_chunk(self, chunk: Chunk, keys: KeyValues) -> PackedSegments:
+        """What the layer is told of its input where that is one chunk."""
+        return replace(self.packed, chunks=(chunk,), ranges=(chunk.queries,), keys=keys)
+
+    def attention(self, hidden: Tensor, chunk: Chunk, keys: KeyValues) -> Tensor:
+        return self.layer.run_attention(hidden, self.angles_of(chunk), self.of_chunk(chunk, keys))
+
+    def keys(self, hidden: Tensor) -> KeyValues:
+        """Of all tokens."""
+        store = KeyValues(self.num_tokens)
+        for chunk in self.packed.chunks:
+            store.put(chunk.tokens, *self.layer.keys_and_values(hidden[chunk.rows], self.angles_of(chunk)))
+        store.complete(self.layer.pg_collection.cp)
+        return store
+
+
+class _Streamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, work: _Work, hidden: Tensor, *parameters: Parameter) -> Tensor:
+        shared = work.layer.pg_collection.cp.size() > 1
+        keys = work.keys(hidden) if shared else KeyValues(work.num_tokens)
+        out = torch.empty_like(hidden)
+        states = []
+        for chunk in work.packed.chunks:
+            if work.layer.draws_random_numbers():
+                states.append(_get_all_rng_states())
+            out[chunk.rows] = work.layer.run_mlp(work.attention(hidden[chunk.rows], chunk, keys))
+        ctx.save_for_backward(hidden)
+        ctx.work, ctx.parameters, ctx.states = work, parameters, states
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        work: _Work = ctx.work
+        keys = work.keys(hidden)
+        hidden_grad = torch.empty_like(hidden)
+        with ParameterGradients(ctx.parameters) as gradients, _fork_rng():
+            for number in reversed(range(len(work.packed.chunks))):
+                if ctx.states:
+                    _set_all_rng_states(*ctx.states[number])
+                chunk = work.packed.chunks[number]
+                hidden_grad[chunk.rows] = _chunk_gradient(work, hidden, grad, chunk, keys, ctx.parameters)
+            if not keys.connected:
+                keys.reduce_gradients(work.layer.pg_collection.cp)
+                for chunk in work.packed.chunks:
+                    hidden_grad[chunk.rows] += _key_gradient(work, hidden, chunk, keys, ctx.parameters)
+        return None, hidden_grad, *gradients.results()
+
+
+def _chunk_gradient(
+    work: _Work, hidden: Tensor, grad: Tensor, chunk: Chunk, keys: KeyValues, parameters: Sequence[Parameter]
+) -> Tensor:
+    """Of the chunk's hidden states; the parameters' are collected elsewhere."""
+    with torch.enable_grad():
+        leaf = hidden[chunk.rows].detach().requires_grad_()
+        out = work.layer.run_mlp(work.attention(leaf, chunk, keys))
+    return torch.autograd.grad(out, [leaf, *parameters], grad[chunk.rows], allow_unused=True)[0]
+
+
+def _key_gradient(work: _Work, hidden: Tensor, chunk: Chunk, keys: KeyValues, parameters: Sequence[Parameter]) -> Tensor:
+    """What the chunk's hidden states get through their keys and values."""
+    with torch.enable_grad():
+        leaf = hidden[chunk.rows].detach().requires_grad_()
+        outputs = work.layer.keys_and_values(leaf, work.angles_of(chunk))
+    return torch.autograd.grad(outputs, [leaf, *parameters], keys.gradient(chunk.tokens), allow_unused=True)[0]
