@@ -18,7 +18,7 @@ from megarpt.corpus.atomic import write_errors
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.errors import EXIT_OK, ConfigError, DataError, ExtensionError
 from megarpt.streaming.activations import WAYS, Way, chunk_lengths
-from megarpt.streaming.plan import GB, SMALLEST_CHUNK, Cost, Memory, Situation
+from megarpt.streaming.plan import GB, SMALLEST_CHUNK, Cost, Memory, Situation, gb
 
 _CLASSES = ("parameters", "gradients", "optimizer", "layer_inputs", "layer_working_set", "head")
 _COLORS: Mapping[Way, str] = {"plain": "tab:red", "recomputed": "tab:blue", "streamed": "tab:green"}
@@ -152,12 +152,12 @@ def show(report: PlanReport, title: str) -> None:
         table.add_column(way, justify="right")
     ways = [report.ways[way] for way in WAYS]
     for name in _CLASSES:
-        table.add_row(name.replace("_", " "), *(_gb(getattr(each.memory, name)) for each in ways))
+        table.add_row(name.replace("_", " "), *(gb(getattr(each.memory, name)) for each in ways))
     table.add_section()
     fits = [each.memory.total <= report.card_gb * GB for each in ways]
     table.add_row(
         "total",
-        *(Text(_gb(each.memory.total), style="bold" if ok else "bold red") for each, ok in zip(ways, fits, strict=True)),
+        *(Text(gb(each.memory.total), style="bold" if ok else "bold red") for each, ok in zip(ways, fits, strict=True)),
     )
     table.add_row("  reached in", *(each.memory.worst_moment for each in ways))
     table.add_row(f"longest sequence on {report.card_gb:g} GB", *(_sequence(each.largest_sequence) for each in ways))
@@ -177,7 +177,7 @@ def show(report: PlanReport, title: str) -> None:
         chunks.add_row(
             str(each.chunk_tokens),
             str(each.chunks),
-            Text(_gb(each.total), style="green" if is_within else ""),
+            Text(gb(each.total), style="green" if is_within else ""),
             _sequence(each.largest_sequence),
         )
     console.print(chunks)
@@ -213,7 +213,7 @@ def _notes(report: PlanReport) -> list[str]:
             "logits"
         )
     lines.append(
-        f"a head that makes all logits at once would take {_gb(report.whole_logits_bytes)} GB of its own in each of the three"
+        f"a head that makes all logits at once would take {gb(report.whole_logits_bytes)} GB of its own in each of the three"
     )
     stages = sorted({each.memory.stage for each in report.ways.values()})
     if situation.shape.pp > 1:
@@ -268,10 +268,6 @@ def _content(report: PlanReport) -> dict[str, Any]:
         content["ways"][way]["memory"] |= {"total": each.memory.total, "worst_moment": each.memory.worst_moment}
         content["ways"][way]["cost"]["total"] = each.cost.total
     return content
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:.2f}" if size >= 0.01 * GB or not size else f"{size / GB:.2g}"
 
 
 def _sequence(tokens: int) -> str:

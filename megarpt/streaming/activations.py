@@ -182,10 +182,10 @@ class _Walk:
             own = int(self.is_expert and way == "streamed")
             take("layer inputs", inputs_of_the_other_layers=others * residual + (halves - own) * residual)
             per_micro_batch = (self.stage.layers + halves) * residual
-        # 1F1B: the earlier the stage, the more micro-batches wait for their backward pass
-        waiting = self._waiting_micro_batches() - 1.0
-        if waiting > 0.0:
-            take("layer inputs", other_micro_batches=waiting * per_micro_batch)
+        self._pipeline(per_micro_batch, residual)
+        if d.is_sequence_parallel:  # where the inputs of matrix products are gathered
+            gathered = self.tokens if way != "streamed" else chunk_lengths(d, self.work)[0]
+            take("layer working set", gather_buffer=gathered * d.hidden * self.item)
         if way == "plain":
             self._attention_forward("layer inputs", self.tokens)
             self._mlp_forward("layer inputs", self.tokens)
@@ -193,12 +193,27 @@ class _Walk:
             take("layer inputs", middle=residual)
         take("layer inputs", output=residual)
 
-    def _waiting_micro_batches(self) -> float:
-        d, rank = self.d, self.stage.number
-        if d.vpp is None:
-            return float(min(d.pp - rank, self.work.num_microbatches))
-        chunks = min((d.pp - rank - 1) * 2 + (d.vpp - 1) * d.pp + 1, self.work.num_microbatches * d.vpp)
-        return chunks / d.vpp
+    def _pipeline(self, per_micro_batch: float, residual: float) -> None:
+        """What waits for its backward pass: the earlier the stage, the more. Outputs that have been sent are given back on an
+        accelerator only."""
+        d, rank, count = self.d, self.stage.number, self.work.num_microbatches
+        if d.pp == 1:
+            return
+        pieces = d.vpp or 1
+        if d.vpp is None:  # 1F1B
+            waiting = min(d.pp - rank, count)
+        else:
+            waiting = min((d.pp - rank - 1) * 2 + (d.vpp - 1) * d.pp + 1, count * d.vpp)
+        outputs = waiting - pieces if d.on_cpu and (d.vpp or not self.stage.has_head) else 0
+        others = max(0.0, waiting / pieces - 1.0) * per_micro_batch + max(0, outputs) * residual
+        self.ledger.take("layer inputs", other_micro_batches=others)
+        if count > 1:  # the last that was sent and, interleaved, what is received meanwhile
+            self.ledger.take("layer inputs", sent_and_received=(1 if d.vpp is None else 2 + 2 * pieces) * residual)
+
+    def _free_output(self) -> None:
+        """The last layer's; on a CPU a pipeline's schedule holds it until its backward pass is over."""
+        if self.stage.has_head or not self.d.on_cpu:
+            self.ledger.free("output")
 
     def _saved_by_a_layer(self, is_expert: bool) -> float:
         """From its forward to its backward pass, the output (the next layer's input) included and the input not."""
@@ -323,8 +338,8 @@ class _Walk:
         else:
             self.ledger.rename("head", "hidden gradient sum", "final norm gradient")
         free("tile", "per token factors")
-        # In place of the weight's gradient, which has gone to main_grad, autograd is given an empty one. Of a matrix that is the
-        # embedding too it waits for the embedding's.
+        # In place of the weight's gradient, which has gone to main_grad, autograd is given an empty one. Of a matrix that is
+        # the embedding too it waits for the embedding's.
         take("head", weight_gradient_placeholder=d.vocab * d.hidden * item)
         if not d.is_tied:
             free("weight gradient placeholder")
@@ -460,9 +475,9 @@ class _Walk:
         self._linear_norm_backward("norm1", d.hidden, n, gradient_in="norm1 gradient")
 
     def _whole_backward(self) -> None:
-        ledger, kind = self.ledger, "layer working set"
+        ledger = self.ledger
         residual = self.shared(self.tokens) * self.d.hidden * self.item
-        ledger.free("output")
+        self._free_output()
         if self.work.way == "recomputed":
             self._attention_forward("layer working set", self.tokens)
             self._mlp_forward("layer working set", self.tokens)
@@ -479,7 +494,7 @@ class _Walk:
         d, ledger, item = self.d, self.ledger, self.item
         residual = self.shared(self.tokens) * d.hidden * item
         all_keys = self.tokens * d.cp
-        ledger.free("output")
+        self._free_output()
         if self.is_expert:  # recomputed as a whole before the attention half is streamed
             self._mlp_forward("layer working set", self.tokens)
             ledger.take("layer working set", output_again=residual)

@@ -253,12 +253,12 @@ def within_budget(cfg: PretrainConfig, *, world_size: int, vocab_size: int, on_c
         raise ConfigError(_does_not_fit(cfg, situation, world_size, vocab_size))
     memory, keep_mib = chosen.memory("streamed"), chosen.keep_bytes // 2**20
     logger.info(
-        "stream.memory_budget_gb %g: stream.chunk_tokens %d, train.head_keep_mib %d; %.2f GB expected, %.2f of them activations",
+        "stream.memory_budget_gb %g: stream.chunk_tokens %d, train.head_keep_mib %d; %s GB expected, activations %s of them",
         cfg.stream.memory_budget_gb,
         chosen.chunk_tokens,
         keep_mib,
-        memory.total / GB,
-        memory.activations / GB,
+        gb(memory.total),
+        gb(memory.activations),
     )
     stream = cfg.stream.model_copy(update={"chunk_tokens": chosen.chunk_tokens, "memory_budget_gb": None})
     return cfg.model_copy(update={"stream": stream, "train": cfg.train.model_copy(update={"head_keep_mib": keep_mib})})
@@ -272,13 +272,13 @@ def _does_not_fit(cfg: PretrainConfig, situation: Situation, world_size: int, vo
     budget = cfg.stream.memory_budget_gb
     assert budget is not None
     parts = ", ".join(
-        f"{name.replace('_', ' ')} {getattr(memory, name) / GB:.2f}"
+        f"{name.replace('_', ' ')} {gb(getattr(memory, name))}"
         for name in ("parameters", "gradients", "optimizer", "layer_inputs", "layer_working_set", "head")
     )
     helps = "; ".join(_what_would_help(cfg, situation, unit, world_size, vocab_size))
     return (
-        f"stream.memory_budget_gb: got {budget:g}, but a rank needs {memory.total / GB:.2f} GB even with chunks of {unit} tokens "
-        f"({parts}); what would help: {helps}"
+        f"stream.memory_budget_gb: got {budget:g}, but a rank needs {gb(memory.total)} GB even with chunks of {unit} tokens; "
+        f"needed for {parts}; what would help: {helps}"
     )
 
 
@@ -291,7 +291,7 @@ def _what_would_help(cfg: PretrainConfig, situation: Situation, unit: int, world
         yield f"data.seq_length={longest} or less"
     if situation.micro_batch_size > 1:
         one = replace(smallest, micro_batch_size=1).memory("streamed").total
-        yield f"batch.micro_batch_size=1 ({one / GB:.2f} GB)"
+        yield f"batch.micro_batch_size=1 ({gb(one)} GB)"
     parallel = cfg.parallel
     changes: list[tuple[dict[str, Any], int]] = []
     if not parallel.use_distributed_optimizer and situation.shape.dp * situation.shape.cp > 1:
@@ -308,7 +308,12 @@ def _what_would_help(cfg: PretrainConfig, situation: Situation, unit: int, world
             continue  # the experts do not divide that way
         needed = replace(found, chunk_tokens=unit, keep_bytes=situation.keep_bytes).memory("streamed").total
         (key, value), ranks = next(iter(change.items())), f" on {factor * world_size} ranks" if factor > 1 else ""
-        yield f"parallel.{key}={str(value).lower()}{ranks} ({needed / GB:.2f} GB)"
+        yield f"parallel.{key}={str(value).lower()}{ranks} ({gb(needed)} GB)"
+
+
+def gb(size: float) -> str:
+    """Bytes in GB, for people."""
+    return f"{size / GB:.2f}" if size >= GB or not size else f"{size / GB:.2g}"
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
