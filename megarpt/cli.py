@@ -375,7 +375,7 @@ def _build_parser() -> argparse.ArgumentParser:
             "plan",
             _plan,
             "say what memory a training step needs and what it costs, plain, recomputed and streamed",
-            "megarpt plan examples/rho1/config.yaml data.seq_length=32768 --card-gb 80 --plot plan.png   # loads no torch",
+            "megarpt plan examples/rho1/config.yaml --card-gb 80 --plot plan.png   # allocates nothing and loads no torch",
         )
     )
     inspect = command(

@@ -147,7 +147,7 @@ class _Walk:
             self._final_norm_forward()
             self._head()
             free("logits kept", "hidden gathered", "head statistics")
-            self._linear_norm_backward("final", self.d.hidden, self.tokens, gradient_in="final norm gradient")
+            self._norm_backward("final", self.d.hidden, self.tokens, gradient_in="final norm gradient")
             self.ledger.rename("layer working set", "final input gradient", "gradient")
         else:
             take("layer working set", gradient=self.shared(self.tokens) * self.d.hidden * self.item)
@@ -288,7 +288,7 @@ class _Walk:
         """Balanced routing: each rank gets as many tokens as it sends."""
         d, item = self.d, self.item
         assert d.experts is not None
-        routed = rows * d.experts.topk * (d.tp if d.is_sequence_parallel else 1) / max(1, d.tp // max(1, d.tp))
+        routed = rows * d.experts.topk * (d.tp if d.is_sequence_parallel else 1)
         take = self.ledger.take
         take(kind, routing=rows * d.experts.total * 3 * _WIDE)
         take(kind, tokens_routed=routed * d.hidden * item)
@@ -363,7 +363,7 @@ class _Walk:
             self.ledger.touch(kind, weight_gradient_in_fp32=size * _WIDE)
         self.ledger.free("weight gradient")
 
-    def _linear_norm_backward(self, name: str, width: float, n: float, *, gradient_in: str) -> None:
+    def _norm_backward(self, name: str, width: float, n: float, *, gradient_in: str) -> None:
         """Leaves the gradient of the norm's input."""
         ledger, rows = self.ledger, self.shared(n)
         kind: Kind = "layer working set"
@@ -390,7 +390,7 @@ class _Walk:
             self._experts_backward(kind, rows)
         else:
             self._feed_forward_backward(kind, n, d.ffn, d.ffn)
-        self._linear_norm_backward("norm2", d.hidden, n, gradient_in="norm2 gradient")
+        self._norm_backward("norm2", d.hidden, n, gradient_in="norm2 gradient")
         ledger.take(kind, middle_gradient=rows * d.hidden * self.item)
         ledger.free("norm2 input gradient")
 
@@ -462,7 +462,7 @@ class _Walk:
             ledger.touch(kind, rotation=3 * n * d.q * item)
         ledger.free("cosines and sines")
         if d.has_qk_norm:
-            self._linear_norm_backward("query norm", d.q * (n / self.shared(n)), n, gradient_in="query gradient")
+            self._norm_backward("query norm", d.q * (n / self.shared(n)), n, gradient_in="query gradient")
             ledger.rename(kind, "query norm input gradient", "query gradient")
             ledger.free("key norm normalized", "key norm in fp32", "queries in order")
         ledger.take(kind, qkv_gradient=n * d.qkv * item)
@@ -472,7 +472,7 @@ class _Walk:
         ledger.take(kind, norm1_gradient=self.shared(n) * d.hidden * item)
         self._weight_gradient(kind, d.hidden * d.qkv, "norm1 output")
         ledger.free("qkv gradient", "norm1 gradient of all")
-        self._linear_norm_backward("norm1", d.hidden, n, gradient_in="norm1 gradient")
+        self._norm_backward("norm1", d.hidden, n, gradient_in="norm1 gradient")
 
     def _whole_backward(self) -> None:
         ledger = self.ledger
