@@ -23,6 +23,7 @@ from megarpt.config.schema import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    PlanOptions,
     PretrainConfig,
     ScoreOptions,
     SubmitOptions,
@@ -167,6 +168,14 @@ def _show_config(args: argparse.Namespace) -> int | None:
     else:
         sys.stdout.write(f"{config_hash(cfg)}\n" if args.hash else dump_resolved(cfg))
     return EXIT_OK
+
+
+def _plan(args: argparse.Namespace) -> int | None:
+    options = _options(PlanOptions, args)
+    cfg = load_config(args.config, args.overrides, world_size=options.world_size)
+    from megarpt.run import plan
+
+    return plan.run(cfg, options)
 
 
 def _inspect_run(args: argparse.Namespace) -> int | None:
@@ -361,6 +370,14 @@ def _build_parser() -> argparse.ArgumentParser:
     show.add_argument("--world-size", type=int, metavar="N", help="check also whether it fits this number of ranks")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    _add_plan(
+        command(
+            "plan",
+            _plan,
+            "say what memory a training step needs and what it costs, plain, recomputed and streamed",
+            "megarpt plan examples/rho1/config.yaml --card-gb 80 --plot plan.png   # allocates nothing and loads no torch",
+        )
+    )
     inspect = command(
         "inspect-run",
         _inspect_run,
@@ -397,6 +414,18 @@ def _add_config(parser: argparse.ArgumentParser, nargs: str | None) -> None:
         default=[],
         help="replaces a value of the file, read as YAML; list items go by index (data.train.0.weight=2); later ones win",
     )
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser, None)
+    parser.add_argument("--card-gb", type=float, metavar="GB", help="memory of a device, in GB of 10^9 bytes (default: 80)")
+    parser.add_argument(
+        "--budget-gb", type=float, metavar="GB", help="choose a chunk for this (default: stream.memory_budget_gb)"
+    )
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of ranks (default: one copy of the model)")
+    parser.add_argument("--plot", metavar="FILE", help="also draw memory by length (.png, .svg, .pdf); needs matplotlib")
+    parser.add_argument("--json", dest="json_output", action="store_true", help="one JSON object on standard output")
+    _add_device(parser)
 
 
 def _add_verify_resume(parser: argparse.ArgumentParser) -> None:

@@ -31,6 +31,8 @@ Text = Annotated[str, Field(min_length=1)]
 Device = Literal["auto", "cpu", "cuda"]
 Stream = Literal["ref_nll", "ref_entropy"]
 
+DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB = 2048, 128  # what null stands for where no memory budget is given
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, nothing is coerced, instances are immutable."""
@@ -218,8 +220,9 @@ class TrainConfig(Section):
     skipped on every rank and its batch dumped."""
     head_chunk_tokens: NonNegative = 0
     """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
-    head_keep_mib: NonNegative = 128
-    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none."""
+    head_keep_mib: NonNegative | None = None
+    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none; null holds
+    128, or as many as stream.memory_budget_gb leaves room for."""
 
 
 class ParallelConfig(Section):
@@ -252,9 +255,12 @@ class StreamConfig(Section):
 
     layers: bool = False
     """Stream all layers. Exact, like recomputation, in a fraction of its memory; excludes model.mcore.recompute_granularity."""
-    chunk_tokens: Positive = 2048
+    chunk_tokens: Positive | None = None
     """At most this many of a rank's tokens are worked on at a time. Fewer need less memory, and more time where attention or
-    the matrix products become too small to be efficient."""
+    the matrix products become too small to be efficient. null takes 2048, or the most that stream.memory_budget_gb allows."""
+    memory_budget_gb: Annotated[float, Field(gt=0.0)] | None = None
+    """What a rank may need in all, parameters, gradients and optimizer included, in GB of 10^9 bytes; chooses chunk_tokens.
+    `megarpt plan` shows what that gives."""
 
 
 class EvaluationConfig(Section):
@@ -437,6 +443,23 @@ class VerifyResumeOptions(Section):
     """Ranks to run on this machine; 1 under a launcher, which starts the command once per rank."""
     keep: bool = False
     """Keep the runs also when they are equal."""
+
+
+class PlanOptions(Section):
+    """`megarpt plan`."""
+
+    card_gb: Annotated[float, Field(gt=0.0)] = 80.0
+    """Memory of a device in GB of 10^9 bytes; the longest sequences are those that fit it."""
+    budget_gb: Annotated[float, Field(gt=0.0)] | None = None
+    """Memory that a rank may need, in GB of 10^9 bytes, for which a chunk is chosen; null takes stream.memory_budget_gb."""
+    world_size: Positive | None = None
+    """Number of ranks; null is the smallest that holds one copy of the model."""
+    device: Device = "auto"
+    """Whose kernels are planned for; `auto` takes run.device, and CUDA where that says auto too."""
+    plot: Text | None = None
+    """Also draw memory against sequence length into this file (.png, .svg, .pdf)."""
+    json_output: bool = False
+    """One JSON object on standard output."""
 
 
 class ExportOptions(Section):

@@ -487,6 +487,46 @@ def hangs_are_seen_before_collectives_give_up(cfg: PretrainConfig) -> str | None
     )
 
 
+def streaming_owns_recomputation(cfg: PretrainConfig) -> str | None:
+    got = cfg.model.mcore.get("recompute_granularity")
+    if not cfg.stream.layers or got is None:
+        return None
+    return (
+        f"model.mcore.recompute_granularity: got {got!r} together with stream.layers, which recomputes every layer already; "
+        "remove one of them"
+    )
+
+
+def streaming_settings_are_used(cfg: PretrainConfig) -> str | None:
+    if cfg.stream.layers:
+        return None
+    for name in ("chunk_tokens", "memory_budget_gb"):
+        got = getattr(cfg.stream, name)
+        if got is not None:
+            return f"stream.{name}: got {got:g}, which has no effect without stream.layers"
+    return None
+
+
+def chunks_have_one_origin(cfg: PretrainConfig) -> str | None:
+    chunk, budget = cfg.stream.chunk_tokens, cfg.stream.memory_budget_gb
+    if chunk is None or budget is None:
+        return None
+    return (
+        f"stream.chunk_tokens: got {chunk} together with stream.memory_budget_gb ({budget:g}), which chooses it; remove one of "
+        "them"
+    )
+
+
+def chunks_divide_among_sequence_parallel_ranks(cfg: PretrainConfig) -> str | None:
+    chunk, tp = cfg.stream.chunk_tokens, cfg.parallel.tensor_model_parallel_size
+    if chunk is None or not cfg.parallel.sequence_parallel or chunk >= tp:
+        return None
+    return (
+        f"stream.chunk_tokens: got {chunk}, expected at least parallel.tensor_model_parallel_size ({tp}): under "
+        "parallel.sequence_parallel every rank holds a part of each chunk"
+    )
+
+
 def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
     return _declared_twice("model", cfg.model.mcore)
 
@@ -543,6 +583,10 @@ RULES: tuple[Rule, ...] = (
     rollbacks_are_made,
     rollback_has_checkpoints,
     hangs_are_seen_before_collectives_give_up,
+    streaming_owns_recomputation,
+    streaming_settings_are_used,
+    chunks_have_one_origin,
+    chunks_divide_among_sequence_parallel_ranks,
     mcore_model_keys_are_not_ours,
     mcore_optimizer_keys_are_not_ours,
 )

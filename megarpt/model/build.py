@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megarpt.config.presets import PRESETS
-from megarpt.config.schema import ModelConfig, PretrainConfig
+from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, ModelConfig, PretrainConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError
 from megarpt.model.specs import Backend, decoder_spec, default_backend
@@ -139,6 +139,7 @@ def build_network(
     valid = cfg.model.vocab_size or vocab_size
     pp_rank, last_stage = (groups.pp.rank(), groups.pp.size() - 1) if groups else (0, 0)
     last_piece = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    keep_mib = DEFAULT_HEAD_KEEP_MIB if cfg.train.head_keep_mib is None else cfg.train.head_keep_mib
     return TokenStatsGPT(
         config=config,
         transformer_layer_spec=decoder_spec(config, backend, streamed=cfg.stream.layers, pp_rank=pp_rank, vp_stage=vp_stage),
@@ -150,8 +151,8 @@ def build_network(
         vp_stage=vp_stage,
         valid_vocab_size=valid,
         head_chunk_tokens=cfg.train.head_chunk_tokens,
-        head_keep_bytes=cfg.train.head_keep_mib * 2**20,
-        stream_chunk_tokens=cfg.stream.chunk_tokens if cfg.stream.layers else 0,
+        head_keep_bytes=keep_mib * 2**20,
+        stream_chunk_tokens=(cfg.stream.chunk_tokens or DEFAULT_CHUNK_TOKENS) if cfg.stream.layers else 0,
         **preset.gpt_arguments(cfg.model.gpt.model_dump()),
     )
 

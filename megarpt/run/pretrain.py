@@ -23,6 +23,7 @@ from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
 from megarpt.run.contents import verify_contents
 from megarpt.run.pretrained import load_pretrained
 from megarpt.run.tokenizer_files import keep_tokenizer
+from megarpt.streaming.plan import within_budget
 from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.checkpoint_files import latest_checkpoint
@@ -81,7 +82,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         begin("building the model")
         tokenizer = load_tokenizer(cfg.data.tokenizer)
         torch.manual_seed(stage_seed(cfg.run.seed, groups.pp.rank()))
-        chunks = build_model(cfg, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
+        planned = within_budget(cfg, world_size=runtime.world_size, vocab_size=tokenizer.vocab_size, on_cpu=not runtime.is_cuda)
+        chunks = build_model(planned, layout, groups, runtime, vocab_size=tokenizer.vocab_size)
         optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
         timers = StepTimers(runtime.clock())
         attach(timers, chunks, optimizer)

@@ -18,6 +18,7 @@ from megarpt.config.schema import (
     ExportOptions,
     GenerateOptions,
     ObjectiveConfig,
+    PlanOptions,
     PretrainConfig,
     ScoreOptions,
     SubmitOptions,
@@ -37,6 +38,7 @@ VERBS = (
     "verify-resume",
     "inspect-run",
     "show-config",
+    "plan",
     "submit",
     "doctor",
 )
@@ -65,7 +67,17 @@ def examples():
 
 
 @pytest.mark.parametrize(
-    "model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions, ExportOptions, SubmitOptions, VerifyResumeOptions]
+    "model",
+    [
+        PretrainConfig,
+        ScoreOptions,
+        EvaluateOptions,
+        GenerateOptions,
+        ExportOptions,
+        PlanOptions,
+        SubmitOptions,
+        VerifyResumeOptions,
+    ],
 )
 def test_every_config_field_has_a_documentation_line(model):
     assert [field.key for field in iter_fields(model) if not field.doc.endswith((".", ")", "`"))] == []

@@ -100,7 +100,19 @@ def test_python_dash_m(config):
 
 @pytest.mark.parametrize(
     "verb",
-    ["pretrain", "score", "evaluate", "generate", "export", "verify-resume", "inspect-run", "show-config", "submit", "doctor"],
+    [
+        "pretrain",
+        "score",
+        "evaluate",
+        "generate",
+        "export",
+        "verify-resume",
+        "inspect-run",
+        "show-config",
+        "plan",
+        "submit",
+        "doctor",
+    ],
 )
 def test_every_command_has_help_with_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -204,6 +204,28 @@ BREAKS = [
         "model.gpt.rotary_base",
     ),
     (validate.activation_is_known, {"model.mcore": {"activation": "relu6"}}, "model.mcore.activation"),
+    (
+        validate.streaming_owns_recomputation,
+        {"stream.layers": True, "model.mcore": {"recompute_granularity": "full"}},
+        "model.mcore.recompute_granularity",
+    ),
+    (validate.streaming_settings_are_used, {"stream.chunk_tokens": 128}, "stream.chunk_tokens"),
+    (validate.streaming_settings_are_used, {"stream.memory_budget_gb": 60.0}, "stream.memory_budget_gb"),
+    (
+        validate.chunks_have_one_origin,
+        {"stream.layers": True, "stream.chunk_tokens": 128, "stream.memory_budget_gb": 60.0},
+        "stream.chunk_tokens",
+    ),
+    (
+        validate.chunks_divide_among_sequence_parallel_ranks,
+        {
+            "stream.layers": True,
+            "stream.chunk_tokens": 1,
+            "parallel.tensor_model_parallel_size": 2,
+            "parallel.sequence_parallel": True,
+        },
+        "stream.chunk_tokens",
+    ),
     (validate.mcore_model_keys_are_not_ours, {"model.mcore": {"bf16": True}}, "model.mcore.bf16"),
     (validate.mcore_optimizer_keys_are_not_ours, {"optimizer.mcore": {"lr": 1.0}}, "optimizer.mcore.lr"),
 ]
@@ -246,6 +268,8 @@ def test_no_rule_is_without_a_test_that_breaks_it():
         {**SPIKES, "stability.spike_window_steps": 64},
         {**SPIKES, "stability.on_spike": "rollback", "stability.max_rollbacks": 1, "checkpoint.interval_steps": 5},
         {"faults.hang_timeout_minutes": 0.0},
+        {"stream.layers": True, "stream.memory_budget_gb": 60.0},
+        {"stream.layers": True, "stream.chunk_tokens": 1, "parallel.tensor_model_parallel_size": 2},
         {"data.valid": {"clean-docs_2": "x"}, "evaluation.interval_steps": 5},
         {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
         {"parallel.pipeline_model_parallel_size": 3, "model.mcore": {"num_layers_in_last_pipeline_stage": 2}},
