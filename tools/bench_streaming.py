@@ -17,14 +17,15 @@ in one process; the tables show medians.
 The first three have the plain head: whole logits by megatron-core's own output layer, softmax in fp32 by torch. The objectives:
 
     lm              mean cross-entropy of all tokens
-    policy          clipped policy gradient (ratio within 1 +- 0.2) on the last three quarters of the sequence, with k3 estimates
-                    of the KL divergence from a reference at weight 0.04; the plain head's log-probabilities by log_softmax, gather
+    policy          clipped policy gradient (ratio within 1 +- 0.2) on the last three quarters of the sequence, with the k3
+                    estimate of the KL divergence from a reference at weight 0.04; the plain head's log-probabilities come from
+                    log_softmax and gather
 
-Columns: MB alive at the worst moment beyond weights, gradient buffers and batch (counted from the allocator's events on a CPU),
-over `recompute` and over the limit; seconds (CPU seconds of all threads, wall on a GPU), over `recompute` and over the limit;
-relative differences of loss and of all gradients from the first contender. The limit of an exact method that recomputes: in
-memory the layers' inputs, in time the matrix products (the layers' four times, the head's three, causal attention by half) at the
-rate this machine reaches in the same run.
+Columns: MB alive at the worst moment beyond weights, gradient buffers and batch (counted from the allocator's events on a
+CPU), over `recompute` and over the limit; seconds (CPU seconds of all threads, wall on a GPU), over the same two; relative
+differences of loss and gradients from the first contender, which in fp32 must be rounding or the tool fails. The limit is that
+of an exact method that recomputes: in memory the inputs of the layers, in time the matrix products (the layers' four times, the
+head's three times, causal attention's by half) at the rate this machine reaches in the same run.
 
     python tools/bench_streaming.py --cap-mb 600 --contenders recompute,recompute_head,streamed --max-length 65536
 
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -190,7 +192,7 @@ class Step:
 
     def __init__(self, model: torch.nn.Module, contender: Contender, objective: str, batch: TokenBatch) -> None:
         self.model, self._contender, self._batch = model, contender, batch
-        self._objective, self.loss = OBJECTIVES[objective][1], float("nan")
+        self._objective, self.loss = OBJECTIVES[objective][1], math.nan
 
     def __call__(self) -> None:
         loss = self._objective(self.model, self._batch, self._contender.has_plain_head)
@@ -243,21 +245,20 @@ def limit_bytes(tokens: int, args: argparse.Namespace) -> int:
 def gradient_difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
     """Norm of the difference of all gradients over their norm."""
     difference = norm = 0.0
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        difference += (a.main_grad - b.main_grad).double().square().sum().item()  # type: ignore[operator]
-        norm += b.main_grad.double().square().sum().item()  # type: ignore[operator]
-    return float((difference / norm) ** 0.5)
+    for own, its in zip(model.parameters(), other.parameters(), strict=True):
+        a, b = own.main_grad, its.main_grad  # type: ignore[attr-defined]
+        difference += (a - b).square().sum().item()
+        norm += b.square().sum().item()
+    return math.sqrt(difference / norm)
 
 
-def bench(
-    objective: str, tokens: int, models: Mapping[str, torch.nn.Module], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def bench(objective: str, tokens: int, models: Mapping[str, torch.nn.Module], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each contender, and one for the limit."""
     batch = make_batch(tokens, args.vocab, next(iter(models.values())), objective)
     everyone = {name: Step(model, args.named[name], objective, batch) for name, model in models.items()}
     peaks = {name: peak_of(step) for name, step in everyone.items()}
     steps = {name: step for name, step in everyone.items() if peaks[name] is not None}
-    shared = {"objective": objective, "tokens": tokens}
+    shared: dict[str, Any] = {"objective": objective, "tokens": tokens}
     rows = [shared | {"contender": name, "peak_bytes": peaks[name]} for name in everyone]
     if steps:
         first = next(iter(steps.values()))
@@ -271,8 +272,8 @@ def bench(
             step.reset()
             times[name].append(seconds(step))
     limit = {"peak_bytes": limit_bytes(tokens, args), "median_s": limit_seconds(tokens, max(rates), args)}
-    for row in rows:
-        if (name := row["contender"]) in steps:
+    for row, name in zip(rows, everyone, strict=True):
+        if name in steps:
             row |= {"median_s": statistics.median(times[name]), "samples_s": times[name], "loss": steps[name].loss}
             row |= {"loss_difference": losses[name], "gradient_difference": gradients[name]}
     rows.append(shared | {"contender": "limit", "products_flop_per_s": max(rates)} | limit)
@@ -311,7 +312,7 @@ def next_length(measured: Mapping[int, float], cap: float, most: int) -> int | N
     fits = sorted(tokens for tokens, size in measured.items() if size <= cap)
     above = min((tokens for tokens, size in measured.items() if size > cap), default=None)
     if not fits:
-        return above // 2 if above is not None and above > UNIT else None
+        return _round(above / 2) if above is not None and above > UNIT else None
     low = fits[-1]
     if above is None:
         if low >= most:
@@ -320,11 +321,11 @@ def next_length(measured: Mapping[int, float], cap: float, most: int) -> int | N
         return min(max(_round(guess), low + UNIT), 4 * low, most)
     if above <= CLOSE * low or above - low <= UNIT:
         return None
-    known = measured[above] != float("inf")
+    known = measured[above] != math.inf
     guess = _crossing(low, above, measured, cap) if known else (low * above) ** 0.5
-    margin = (CLOSE - 1) / 2
-    lowest, highest = max(_round(low * (1 + margin)), low + UNIT), min(_round(above / (1 + margin)), above - UNIT)
-    return max(min(_round(guess), highest), min(lowest, highest))
+    margin = 1 + (CLOSE - 1) / 2
+    guess = min(max(guess, low * margin), above / margin)
+    return min(max(_round(guess), low + UNIT), above - UNIT)
 
 
 def _crossing(a: int, b: int, measured: Mapping[int, float], cap: float) -> float:
@@ -336,27 +337,26 @@ def _round(tokens: float) -> int:
     return max(UNIT, int(tokens) // UNIT * UNIT)
 
 
-def search(objective: str, args: argparse.Namespace, groups: ProcessGroups, console: Console) -> list[dict[str, Any]]:
-    """The longest sequence of every contender under the cap; one model exists at a time."""
-    cap, rows = args.cap_mb * 1e6, []
-    for name, contender in args.named.items():
-        model = build(contender, args.max_length, args, groups)
+def search(name: str, objective: str, args: argparse.Namespace, groups: ProcessGroups, console: Console) -> dict[str, Any]:
+    """The longest sequence of one contender under the cap."""
+    contender, cap = args.named[name], args.cap_mb * 1e6
+    model = build(contender, args.max_length, args, groups)
 
-        def peak(
-            tokens: int, model: torch.nn.Module = model, contender: Contender = contender, name: str = name
-        ) -> float:
-            size = peak_of(Step(model, contender, objective, make_batch(tokens, args.vocab, model, objective)))
-            told = "out of memory" if size is None else f"{size / 1e6:.4g} MB"
-            console.print(f"  {name}, {tokens} tokens: {told}", style="dim", highlight=False)
-            return float("inf") if size is None else float(size)
+    def peak(tokens: int) -> float:
+        size = peak_of(Step(model, contender, objective, make_batch(tokens, args.vocab, model, objective)))
+        told = "out of memory" if size is None else f"{size / 1e6:.4g} MB"
+        console.print(f"  {name}, {tokens} tokens: {told}", style="dim", highlight=False)
+        return math.inf if size is None else float(size)
 
-        measured = longest_sequence(peak, cap, args.max_length)
-        longest = max((tokens for tokens, size in measured.items() if size <= cap), default=0)
-        above = min((tokens for tokens, size in measured.items() if size > cap), default=None)
-        row = {"objective": objective, "contender": name, "cap_bytes": cap, "longest": longest, "next": above}
-        rows.append(row | {"measured": {str(n): measured[n] for n in sorted(measured) if measured[n] != float("inf")}})
-    baseline = next((row["longest"] for row in rows if row["contender"] == "recompute"), 0)
-    return [row | {"over_recompute": row["longest"] / baseline if baseline else None} for row in rows]
+    measured = longest_sequence(peak, cap, args.max_length)
+    return {
+        "objective": objective,
+        "contender": name,
+        "cap_bytes": cap,
+        "longest": max((tokens for tokens, size in measured.items() if size <= cap), default=0),
+        "next": min((tokens for tokens, size in measured.items() if size > cap), default=None),
+        "peak_bytes": {str(tokens): size for tokens, size in sorted(measured.items()) if size < math.inf},
+    }
 
 
 def _text(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -383,7 +383,7 @@ def show(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, console: C
         table.add_row(str(row["tokens"]), _label(row["contender"], args), *cells)
     console.print(f"\n{OBJECTIVES[rows[0]['objective']][0]}, {describe(args)}", highlight=False)
     console.print(table)
-    largest = {key: max((row.get(key) or 0.0 for row in rows)) for key in ("loss_difference", "gradient_difference")}
+    largest = {key: max(row.get(key) or 0.0 for row in rows) for key in ("loss_difference", "gradient_difference")}
     told = ", ".join(f"{key.removesuffix('_difference')} {value:.1e}" for key, value in largest.items())
     console.print(f"largest relative differences from {_label(rows[0]['contender'], args)}: {told}", highlight=False)
 
@@ -394,7 +394,7 @@ def show_longest(rows: Sequence[Mapping[str, Any]], args: argparse.Namespace, co
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        sizes = [_text(row["measured"].get(str(row[key])), ".4g", 1e6) for key in ("longest", "next")]
+        sizes = [_text(row["peak_bytes"].get(str(row[key])), ".4g", 1e6) for key in ("longest", "next")]
         following = "not tried" if row["next"] is None else str(row["next"])
         cells = (str(row["longest"]), sizes[0], following, sizes[1], _text(row["over_recompute"], ".2f"))
         table.add_row(_label(row["contender"], args), *cells)
@@ -419,13 +419,12 @@ def draw(curves: Mapping[str, Mapping[str, Mapping[int, float]]], args: argparse
             style = {"linestyle": "--", "color": "gray"} if name == "limit" else {"marker": "o", "markersize": 4}
             label = "layer inputs alone" if name == "limit" else _label(name, args)
             axes.plot(places, [points[n] / 1e6 for n in places], label=label, **style)
-        lengths = sorted({n for points in lines.values() for n in points})
         if args.cap_mb is not None:
             axes.axhline(args.cap_mb, color="black", linewidth=0.8, linestyle=":", label="cap")
         axes.set(xscale="log", yscale="log", xlabel="sequence length, tokens", ylabel="peak memory of a step, MB")
         axes.set_title(f"{OBJECTIVES[objective][0]}\n{describe(args)}", fontsize="medium")
-        if len(lengths) <= 8:
-            axes.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        if args.cap_mb is None:
+            axes.set_xticks(args.lengths, [str(n) for n in args.lengths])
             axes.set_xticks([], minor=True)
         axes.grid(True, which="major", alpha=0.3)
         axes.legend(fontsize="small")
@@ -444,7 +443,9 @@ def parse() -> argparse.Namespace:
     for name, size in (("layers", 4), ("hidden", 512), ("heads", 8), ("kv-heads", 2), ("ffn", 1408), ("vocab", 32_000)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--head-keep-mib", type=int, default=0, help="train.head_keep_mib of the contenders with megarpt's head")
+    parser.add_argument(
+        "--head-keep-mib", type=int, default=0, help="train.head_keep_mib of the contenders with megarpt's head"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cap-mb", type=float, help="instead: the longest sequence under this many MB")
@@ -498,13 +499,18 @@ def search_all(args: argparse.Namespace, groups: ProcessGroups, console: Console
     """The longest sequences for every objective."""
     rows: list[dict[str, Any]] = []
     for objective in args.objective:
-        rows += search(objective, args, groups, console)
+        found = []
+        for name in args.named:
+            found.append(search(name, objective, args, groups, console))
+            write(longest=rows + found)
+        baseline = next((row["longest"] for row in found if row["contender"] == "recompute"), 0)
+        rows += [row | {"over_recompute": row["longest"] / baseline if baseline else None} for row in found]
         write(longest=rows)
-        show_longest([row for row in rows if row["objective"] == objective], args, console)
+        show_longest(rows[-len(found) :], args, console)
     if args.plot:
         curves: dict[str, dict[str, dict[int, float]]] = {}
         for row in rows:
-            points = {int(n): size for n, size in row["measured"].items()}
+            points = {int(n): size for n, size in row["peak_bytes"].items()}
             curves.setdefault(row["objective"], {})[row["contender"]] = points
         for lines in curves.values():
             lines["limit"] = {n: limit_bytes(n, args) for points in lines.values() for n in points}
