@@ -292,8 +292,16 @@ def _weight_result(weight: Tensor, parameter: Tensor | None, grad: Tensor, optio
         return padded
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
-    # DistributedDataParallel's hook only runs when some gradient arrives; it ignores the values, unless the weight is
-    # shared with the input embedding (zero_out_wgrad), whose gradient autograd adds to this one
     parameter.grad_added_to_main_grad = True
-    make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
-    return make(weight.shape, dtype=weight.dtype, device=weight.device)
+    return no_gradient(weight)
+
+
+def no_gradient(parameter: Tensor) -> Tensor:
+    """Zeros of the parameter's shape that occupy nothing: a placeholder for a gradient that is in `main_grad`.
+
+    DistributedDataParallel's hook only runs when some gradient arrives. Autograd hands a sparse one on as it is, where it would
+    copy an expanded one; with the dense gradient of an input embedding that is the same parameter it adds up.
+    """
+    indices = torch.empty(parameter.dim(), 0, dtype=torch.int64, device=parameter.device)
+    values = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False)

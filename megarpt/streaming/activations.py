@@ -338,15 +338,6 @@ class _Walk:
         else:
             self.ledger.rename("head", "hidden gradient sum", "final norm gradient")
         free("tile", "per token factors")
-        # In place of the weight's gradient, which has gone to main_grad, autograd is given an empty one. Of a matrix that is
-        # the embedding too it waits for the embedding's.
-        take("head", weight_gradient_placeholder=d.vocab * d.hidden * item)
-        if not d.is_tied:
-            free("weight gradient placeholder")
-        elif not self.stage.has_embedding:
-            if self.half_on_cpu:
-                self.ledger.touch("head", placeholder_in_fp32=d.vocab * d.hidden * _WIDE)
-            free("weight gradient placeholder")
         if d.is_sequence_parallel:
             self.ledger.rename("head", "final norm gradient", "gathered gradient")
             take("head", final_norm_gradient=self.shared(t) * d.hidden * item)
@@ -525,8 +516,6 @@ class _Walk:
         d, ledger = self.d, self.ledger
         for rows in (d.learned_positions, d.vocab):
             ledger.take("head", embedding_gradient=rows * d.hidden * self.item)
-            if rows == d.vocab:
-                ledger.free("weight gradient placeholder")  # summed with the head's, where the two matrices are one
             if self.half_on_cpu:
                 ledger.touch("head", embedding_gradient_in_fp32=rows * d.hidden * _WIDE)
             ledger.free("embedding gradient")

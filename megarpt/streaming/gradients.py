@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from megarpt.ops.linear_logprob import no_gradient
+
 
 class ParameterGradients:
     """Adds up what arrives for each parameter, in megatron-core's `main_grad` where there is one and otherwise in fp32.
@@ -49,16 +51,11 @@ class ParameterGradients:
                 self._sums[parameter] = grad.to(torch.promote_types(grad.dtype, torch.float32), copy=True)
             else:
                 target.add_(grad)
-        return _placeholder(parameter)
+        return torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)  # nobody looks at it
 
     def _result(self, parameter: Parameter) -> Tensor | None:
         if hasattr(parameter, "main_grad"):
             parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-            return _placeholder(parameter)
+            return no_gradient(parameter)
         total = self._sums.get(parameter)
         return None if total is None else total.to(parameter.dtype)
-
-
-def _placeholder(parameter: Parameter) -> Tensor:
-    """Of the parameter's shape and almost no memory."""
-    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
