@@ -38,8 +38,9 @@ class ParameterGradients:
         for handle in self._handles:
             handle.remove()
 
-    def results(self) -> list[Tensor | None]:
-        """What autograd is to be given, for each parameter: its gradient, or a placeholder where it is in `main_grad`."""
+    def results(self) -> list[Tensor]:
+        """What autograd is to be given, for each parameter: its gradient, 0 where nothing arrived, or a placeholder where it
+        is in `main_grad`."""
         return [self._result(parameter) for parameter in self.parameters]
 
     def _add(self, parameter: Parameter, grad: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ class ParameterGradients:
                 target.add_(grad)
         return torch.zeros((), dtype=grad.dtype, device=grad.device).expand(grad.shape)  # nobody looks at it
 
-    def _result(self, parameter: Parameter) -> Tensor | None:
+    def _result(self, parameter: Parameter) -> Tensor:
         if hasattr(parameter, "main_grad"):
             parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
             return no_gradient(parameter)
         total = self._sums.get(parameter)
-        return None if total is None else total.to(parameter.dtype)
+        return torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)

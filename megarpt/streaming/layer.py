@@ -8,6 +8,9 @@ over the chunks and reach autograd once.
 Under context parallelism later chunks lie on other ranks as well: the gradients of keys are summed over ranks when all chunks
 are done, and a second, short walk takes them through the projection.
 
+Tokens that carry no loss have no gradient after the last layer. What lies behind its attention is not computed again for them,
+and of a chunk without any other token nothing but the keys.
+
 Source: StreamBP (arXiv 2506.03077), section 3.2.
 
 Dims: t tokens of the flattened micro-batch on this rank, h hidden.
@@ -68,6 +71,12 @@ class StreamedTransformerLayer(TransformerLayer):
     def draws_random_numbers(self) -> bool:
         """Whether the streamed part depends on random numbers, which then have to be the same when it is computed again."""
         return self.training and (self.hidden_dropout > 0.0 or self.config.attention_dropout > 0.0)
+
+    def has_idle_tokens(self) -> bool:
+        """Whether tokens may have no gradient and can be told apart: all layers but the last mix tokens into each other; random
+        numbers belong to whole chunks; under sequence parallelism the ranks see different tokens of a chunk."""
+        is_last = self.layer_number == self.config.num_layers
+        return is_last and not self.draws_random_numbers() and not self.config.sequence_parallel
 
     def keys_and_values(self, hidden: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of a chunk, as its attention would compute them. Shapes: [n, 1, h] -> [n, 1, ng, hn] each."""
@@ -163,10 +172,19 @@ def _chunk_gradient(
     work: _Work, hidden: Tensor, grad: Tensor, chunk: Chunk, keys: KeyValues, parameters: Sequence[Parameter]
 ) -> Tensor:
     """Of the chunk's hidden states; the parameters' are collected elsewhere."""
+    upstream, busy = grad[chunk.rows], None
+    if work.layer.has_idle_tokens():
+        busy = upstream.flatten(1).any(dim=1).nonzero().flatten()  # NaN is busy
+        if len(busy) == 0:
+            return _key_gradient(work, hidden, chunk, keys, parameters) if keys.connected else torch.zeros_like(upstream)
+        if len(busy) == len(upstream):
+            busy = None
     with torch.enable_grad():
         leaf = hidden[chunk.rows].detach().requires_grad_()
-        out = work.layer.run_mlp(work.attention(leaf, chunk, keys))
-    return torch.autograd.grad(out, [leaf, *parameters], grad[chunk.rows], allow_unused=True)[0]
+        middle = work.attention(leaf, chunk, keys)
+        out = work.layer.run_mlp(middle if busy is None else middle[busy])
+    upstream = upstream if busy is None else upstream[busy]
+    return torch.autograd.grad(out, [leaf, *parameters], upstream, allow_unused=True)[0]
 
 
 def _key_gradient(work: _Work, hidden: Tensor, chunk: Chunk, keys: KeyValues, parameters: Sequence[Parameter]) -> Tensor:

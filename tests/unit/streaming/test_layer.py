@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -74,7 +76,7 @@ def network(
 
 def batch(edges: list[int] = PACKED) -> TokenBatch:
     whole = random_batch(SAMPLES, SEQUENCE, VOCAB, seed=0)
-    positions = torch.cat([torch.arange(end - start) for start, end in zip(edges[:-1], edges[1:], strict=True)])
+    positions = torch.cat([torch.arange(end - start) for start, end in pairwise(edges)])
     return replace(whole, cu_seqlens=torch.tensor(edges, dtype=torch.int32), position_ids=positions.view(SAMPLES, SEQUENCE))
 
 
@@ -172,6 +174,26 @@ def test_dropout_draws_the_same_numbers_again(dropout: str) -> None:
         assert float((parameter.grad * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
 
 
+@pytest.mark.parametrize("separate", ["nowhere", "everywhere", "behind", "between"])
+def test_the_last_layer_leaves_out_tokens_that_carry_no_loss(separate: str) -> None:
+    """Whole chunks of them, and what is left of others."""
+    weights = upstream(0.5).flatten()
+    weights[{"nowhere": slice(0), "everywhere": slice(None), "behind": slice(60, None), "between": slice(30, 70)}[separate]] = (
+        0.0
+    )
+    weights = weights.view(SAMPLES, SEQUENCE)
+    _, expected = gradients(network(0), batch(), weights)
+    model = network(16)
+    rows: list[list[int]] = [[], []]
+    for seen, layer in zip(rows, model.decoder.layers, strict=True):
+        layer.mlp.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(given[0].shape[0]))
+    _, found = gradients(model, batch(), weights)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-12 * gradient.norm()
+    total, kept = SAMPLES * SEQUENCE, int((weights != 0).sum())
+    assert [sum(seen) for seen in rows] == [2 * total, total + kept]  # forward and again in backward
+
+
 def test_a_frozen_layer_passes_gradients_on() -> None:
     models = network(0), network(16)
     for model in models:
@@ -195,31 +217,33 @@ def test_evaluation_streams_too_and_keeps_nothing() -> None:
     assert (whole - streamed).abs().max() < 1e-12
 
 
+def main_gradients(chunk_tokens: int, started: Runtime) -> tuple[dict[str, Tensor], Counter[str]]:
+    """What megatron-core's DDP has of one micro-batch, and how often autograd brought each parameter a gradient."""
+    cfg = tiny_config(
+        **{
+            "model": {"preset": "tiny", "mcore": TWO_LAYERS, "vocab_size": VOCAB},
+            "stream": {"layers": True, "chunk_tokens": chunk_tokens} if chunk_tokens else {},
+        }
+    )
+    layout = ParallelLayout()
+    groups = layout.initialize(seed=0)
+    torch.manual_seed(3)
+    (chunk,) = build_model(cfg, layout, groups, started, vocab_size=VOCAB)
+    chunk.zero_grad_buffer()
+    calls: Counter[str] = Counter()
+    nodes = []
+    for name, parameter in chunk.named_parameters():
+        nodes.append(parameter.expand_as(parameter).grad_fn.next_functions[0][0])
+        nodes[-1].register_hook(lambda *_, name=name: calls.update([name]))
+    (head_output(chunk, batch(), HeadMode.LOGPROB)[0] * upstream().float()).sum().backward()
+    assert all(parameter.grad is None for parameter in chunk.parameters())
+    return {name: parameter.main_grad.clone() for name, parameter in unwrap(chunk).named_parameters()}, calls
+
+
 def test_hooks_of_a_parameter_run_once_for_each_micro_batch(cpu_runtime: Runtime) -> None:
-    """megarpt's step and megatron-core's DDP change nothing: the sums are in main_grad, and the hooks see every parameter."""
-    fp32 = {}
-    for chunk_tokens in (0, 16):
-        cfg = tiny_config(
-            **{
-                "model": {"preset": "tiny", "mcore": TWO_LAYERS, "vocab_size": VOCAB},
-                "stream": {"layers": True, "chunk_tokens": chunk_tokens} if chunk_tokens else {},
-            }
-        )
-        layout = ParallelLayout()
-        groups = layout.initialize(seed=0)
-        torch.manual_seed(3)
-        (chunk,) = build_model(cfg, layout, groups, cpu_runtime, vocab_size=VOCAB)
-        chunk.zero_grad_buffer()
-        calls: dict[str, int] = {}
-        for name, parameter in chunk.named_parameters():
-            node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
-            node.register_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
-            parameter.keep = node
-        (head_output(chunk, batch(), HeadMode.LOGPROB)[0] * upstream().float()).sum().backward()
-        assert set(calls.values()) == {1} and len(calls) == len(list(chunk.parameters()))
-        assert all(parameter.grad is None for parameter in chunk.parameters())
-        fp32[chunk_tokens] = {name: p.main_grad.clone() for name, p in unwrap(chunk).named_parameters()}
-    assert largest_difference(fp32[16], fp32[0]) < 1e-5
+    (expected, _), (found, calls) = (main_gradients(chunk_tokens, cpu_runtime) for chunk_tokens in (0, 16))
+    assert len(calls) == len(found) and set(calls.values()) == {1}
+    assert largest_difference(found, expected) < 1e-5
 
 
 def test_the_input_of_each_layer_is_all_that_is_kept() -> None:
