@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from megarpt.config.hf_settings import from_model_config
 from megarpt.config.schema import (
     EvaluateOptions,
     ExportOptions,
@@ -25,13 +26,19 @@ from megarpt.config.schema import (
     ParallelConfig,
     PretrainConfig,
     ScoreOptions,
+    StreamConfig,
 )
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, ConfigError, MegarptError
+from megarpt.model.build import build_network, transformer_config
+from megarpt.model.convert_hf import moves
+from megarpt.model.forward import head_output
+from megarpt.model.token_stats_gpt import HeadMode
 from megarpt.parallel.layout import ParallelLayout
 from megarpt.run import convert, evaluate, export, generate, pretrain, score
 from megarpt.run.pretrained import load_pretrained
+from megarpt.structs import TokenBatch
 from megarpt.testing.tiny import text_documents, write_text_corpus
 from megarpt.train.checkpoint_files import read_config, read_manifest
 from megarpt.train.weights import checkpoint_hash
@@ -152,6 +159,52 @@ def test_logits_are_those_of_transformers_and_every_tensor_comes_back(
     convert.import_model(back, again, cpu_runtime)
     assert checkpoint_hash(again) == checkpoint_hash(imported)
     assert read_config(again).model == read_config(imported).model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "llama-heads", "qwen2", "qwen3-tied", "gpt2"])
+def test_gradients_of_streamed_layers_are_those_of_transformers(
+    name: str, publish: Publish, cpu_runtime: Runtime, tmp_path: Path
+) -> None:
+    """In fp64, with labels that begin and end anywhere."""
+    folder = publish(name)
+    convert.import_model(folder, tmp_path / "imported", cpu_runtime)
+    cfg = read_config(tmp_path / "imported")
+    cfg = cfg.model_copy(update={"stream": StreamConfig(layers=True, chunk_tokens=13)})
+    config = transformer_config(cfg, ParallelLayout(), is_cuda=False)
+    layout = ParallelLayout()
+    loaded = load_pretrained(str(tmp_path / "imported"), cpu_runtime, layout, layout.initialize(1), ParallelConfig())
+    streamed = build_network(cfg, config, None, vocab_size=VOCAB, backend="torch").double().train()
+    streamed.load_state_dict(loaded.network.state_dict())
+
+    tokens, labels = sample(), sample().roll(-1, dims=1)
+    labels[0, :21], labels[1, 40:] = -100, -100
+    b, s = tokens.shape
+    batch = TokenBatch(
+        tokens=tokens,
+        labels=labels,
+        loss_mask=labels >= 0,
+        position_ids=torch.arange(s).expand(b, s),
+        cu_seqlens=torch.arange(0, b * s + 1, s, dtype=torch.int32),
+        sample_id=torch.arange(b),
+        source_id=torch.zeros(b, dtype=torch.int64),
+        sample_index=torch.arange(b),
+    )
+    loss = -head_output(streamed, batch, HeadMode.LOGPROB)[0].sum()
+    loss.backward()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="sdpa").eval()
+    logits = theirs(tokens, use_cache=False).logits
+    their_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    their_loss.backward()
+
+    assert float(loss) == pytest.approx(float(their_loss), rel=1e-7)  # rotary angles are fp32 in both
+    heads = (architecture := from_model_config(cfg.model, VOCAB, MODELS[name].model_type)).heads
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in streamed.named_parameters()}
+    planned = moves(architecture, {name: tuple(gradient.shape) for name, gradient in ours.items()})
+    found = {name: part for move in planned for name, part in move.split(ours[move.ours], heads).items()}
+    assert found.keys() == expected.keys()
+    for tensor in expected:
+        assert (found[tensor] - expected[tensor]).norm() < 1e-5 * expected[tensor].norm(), tensor
 
 
 def test_bf16_and_fp16_lose_nothing(publish: Publish, cpu_runtime: Runtime, tmp_path: Path) -> None:

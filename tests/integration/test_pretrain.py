@@ -56,6 +56,18 @@ def test_a_run_learns_and_leaves_its_records(make_config, train) -> None:
     assert list((folder / "tensorboard").glob("events*"))
 
 
+def test_two_hundred_steps_are_the_same_with_streamed_layers(make_config, train, tmp_path: Path) -> None:
+    curves = []
+    for name, stream in (("whole", {}), ("streamed", {"layers": True, "chunk_tokens": 100})):
+        cfg = make_config(
+            **{"run.dir": str(tmp_path / name), "train.train_tokens": 200 * STEP_TOKENS, "stream": stream, "optimizer.lr": 1e-3}
+        )
+        curves.append([line["train/loss_nats"] for line in train(cfg)])
+    whole, streamed = (torch.tensor(curve) for curve in curves)
+    assert len(whole) == 200 and whole[-1] < whole[0] - 2
+    assert (whole - streamed).abs().max() < 1e-3 and (whole - streamed)[:20].abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_twenty_steps_equal_a_plain_loop(make_config, train, one_rank, cpu_runtime: Runtime, precision: str) -> None:
     """The same model, data and seed in a loop written without megatron-core."""
