@@ -196,7 +196,7 @@ def test_gradients_of_streamed_layers_are_those_of_transformers(
     their_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     their_loss.backward()
 
-    assert float(loss) == pytest.approx(float(their_loss), rel=1e-7)  # rotary angles are fp32 in both
+    assert loss.item() == pytest.approx(their_loss.item(), rel=1e-7)  # rotary angles are fp32 in both
     heads = (architecture := from_model_config(cfg.model, VOCAB, MODELS[name].model_type)).heads
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     ours = {name: parameter.grad for name, parameter in streamed.named_parameters()}
