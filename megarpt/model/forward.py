@@ -27,8 +27,14 @@ from megarpt.structs import TokenBatch, TokenStats
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any] | None]]
 
 
-def head_output(model: torch.nn.Module, batch: TokenBatch, mode: HeadMode) -> Tensor | tuple[Tensor, Tensor | None]:
+def head_output(
+    model: torch.nn.Module, batch: TokenBatch, mode: HeadMode, weight: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """One model chunk over one micro-batch, flattened so that documents are attention segments.
+
+    Args:
+        weight: [b, s] what each token is worth, where that is known already: the loss will be the sum of
+            weight * -logprob, to the last bit.
 
     Returns what the head computes, [b, s] each, on the chunk that has the head, and hidden states elsewhere.
 
@@ -59,6 +65,7 @@ def head_output(model: torch.nn.Module, batch: TokenBatch, mode: HeadMode) -> Te
         position_ids=share(batch.position_ids),
         attention_mask=None,
         labels=share(batch.labels),
+        loss_mask=None if weight is None else share(weight),
         packed_seq_params=packed,
     )
     if not network.post_process:

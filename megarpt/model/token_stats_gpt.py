@@ -60,10 +60,21 @@ class TokenStatsGPT(GPTModel):
             out = (out[0], angles, *out[2:])
         return out
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        """[t, 1, h] -> (logprob [t], entropy [t] or None) when labels are given."""
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """[t, 1, h] -> (logprob [t], entropy [t] or None) when labels are given.
+
+        With a `loss_mask` the loss is the sum of loss_mask * -logprob and nothing else, which lets the head make its gradients
+        at once (see `linear_logprob`).
+        """
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
         tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(
@@ -92,4 +103,5 @@ class TokenStatsGPT(GPTModel):
             vocab_start=shard.start,
             vocab_size=shard.size,
             accumulate_into=getattr(weight, "main_grad", None) if torch.is_grad_enabled() else None,
+            known_gradient=None if loss_mask is None else -loss_mask.flatten(),
         )

@@ -19,6 +19,8 @@ from megarpt.objectives.weighting import TokenWeighting, TokenWeights
 from megarpt.ops.token_select import selection_sums
 from megarpt.structs import Progress, TokenBatch, TokenStats
 
+_NO_STATS = TokenStats(logprob=torch.empty(0), entropy=None)  # for scorers that read none
+
 
 class WeightedLanguageModel:
     """Sum over tokens of weight * nll, to be divided by the number of tokens whose weight is not zero.
@@ -52,6 +54,7 @@ class WeightedLanguageModel:
         self.weighting = weighting
         self.num_sources = num_sources
         self.streams: tuple[str, ...] = tuple(dict.fromkeys(name for each in self.scorers for name in each.streams))
+        self.needs_stats = any(each.needs_stats for each in self.scorers)  # otherwise weights follow from the data alone
         self.needs_entropy = any(each.needs_entropy for each in self.scorers)
 
     @property
@@ -71,13 +74,19 @@ class WeightedLanguageModel:
 
     @torch.no_grad()
     def select(
-        self, stats: Sequence[TokenStats], batches: Sequence[TokenBatch], progress: Progress, group: dist.ProcessGroup | None
+        self,
+        stats: Sequence[TokenStats] | None,
+        batches: Sequence[TokenBatch],
+        progress: Progress,
+        group: dist.ProcessGroup | None,
     ) -> list[TokenWeights]:
-        """Weights of every micro-batch of a step.
+        """Weights of every micro-batch of a step. Without `needs_stats` the stats may be None.
 
         Call it once per step, on every rank of `group` (the ranks that hold other samples of the same global batch: data
         parallel, never tensor, context or pipeline).
         """
+        assert stats is not None or not self.needs_stats
+        stats = [_NO_STATS] * len(batches) if stats is None else stats
         scores = [self._scores(one, batch, progress) for one, batch in zip(stats, batches, strict=True)]
         return self.weighting(self._by_scorer(scores), batches, group)
 

@@ -21,6 +21,7 @@ class TokenScorer(Protocol):
     """Ranks tokens."""
 
     streams: ClassVar[tuple[str, ...]]  # names of `TokenBatch.streams` it reads
+    needs_stats: ClassVar[bool]  # whether it reads `TokenStats`: what the model that trains makes of the tokens
     needs_entropy: ClassVar[bool]  # whether it reads `TokenStats.entropy`
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
@@ -35,6 +36,7 @@ class ExcessLoss:
     """
 
     streams: ClassVar[tuple[str, ...]] = ("ref_nll",)
+    needs_stats: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
@@ -45,6 +47,7 @@ class Loss:
     """Student loss alone: the hardest tokens, noise included. A control, not a method."""
 
     streams: ClassVar[tuple[str, ...]] = ()
+    needs_stats: ClassVar[bool] = True
     needs_entropy: ClassVar[bool] = False
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
@@ -58,6 +61,7 @@ class ReferenceLoss:
     """
 
     streams: ClassVar[tuple[str, ...]] = ("ref_nll",)
+    needs_stats: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
@@ -71,6 +75,7 @@ class ReferenceEntropy:
     """
 
     streams: ClassVar[tuple[str, ...]] = ("ref_entropy",)
+    needs_stats: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
 
     def __call__(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
@@ -85,6 +90,7 @@ class Random:
     """
 
     streams: ClassVar[tuple[str, ...]] = ()
+    needs_stats: ClassVar[bool] = False
     needs_entropy: ClassVar[bool] = False
 
     def __init__(self, seed: int) -> None:

@@ -21,12 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.errors import ShapeError
-from megarpt.ops.head_tiles import TilePlan, head_gradients, head_statistics, plan_tiles
-from megarpt.ops.tile_passes import RowState
+from megarpt.ops.head_tiles import TilePlan, head_gradients, head_statistics, plan_tiles, spans, tile_dtype
+from megarpt.ops.tile_passes import RowState, wide_dtype
 from megarpt.structs import TokenStats
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ANOTHER_RANKS, _IGNORED = -1, -2  # labels as head_tiles wants them
+# Each group of tokens reads and writes the weight's gradient once. With fewer tokens that costs more than a fourth product.
+LEAST_GROUP = {"cpu": 128, "cuda": 1024}
 
 
 class VocabShard(NamedTuple):
@@ -64,6 +66,7 @@ def linear_logprob(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     accumulate_into: Tensor | None = None,
+    known_gradient: Tensor | None = None,
 ) -> TokenStats:
     """Log-probability of every label under softmax(hidden @ weight.T / temperature), and optionally the entropy.
 
@@ -83,14 +86,19 @@ def linear_logprob(
         accumulate_into: a buffer of the weight's shape to which its gradient is added in place of being returned, such as
             megatron-core's fp32 `main_grad`; `weight.grad_added_to_main_grad` is then set as its
             gradient_accumulation_fusion does.
+        known_gradient: the upstream gradient of `logprob`, where it does not depend on the results. Both gradients are then
+            made in the forward pass, of as many tokens at a time as have their logits in `keep_bytes` (of at least
+            `LEAST_GROUP`; where fewer fit it is not made use of). A backward pass has to follow and to bring this very
+            gradient, or it raises (on an accelerator as a device-side assertion). The entropy is not differentiable.
 
-    Shapes: hidden [t, h], weight [v, h], labels [t] int64 -> logprob [t], entropy [t] or None.
+    Shapes: hidden [t, h], weight [v, h], labels, known_gradient [t], labels int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
     Cost: products of 2 t h v FLOPs forward and 6 k h v backward, k = tokens with a non-zero upstream gradient (4 k h v of what
-        is kept). Peak bytes beyond inputs and gradients: on a CPU a tile of 4 MiB, and for half precision [t, h] in fp32 and
+        is kept, and where the gradient is known: forward). Peak bytes beyond inputs and gradients: on a CPU a tile of 4 MiB, and for half precision [t, h] in fp32 and
         [t, h] once more; when tokens are left out twice [k, h]; and keep_bytes.
         On an accelerator the host waits once forward (are there ignored labels?) and once backward (how many are kept?).
-    Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] fp64 ([3, t] with entropy). Backward: none; the
+    Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] fp64 ([3, t] with entropy), or as many of each as
+        there are groups of tokens where the gradient is known. Backward: none; the
         gradient of `hidden` is this rank's part, and summing it over tp_group is the caller's, as everywhere in
         megatron-core (`copy_to_tensor_model_parallel_region` before the head, or the sequence-parallel gather).
     Error: at most twice plain torch's (tests/parity/test_linear_logprob.py).
@@ -108,7 +116,24 @@ def linear_logprob(
             f"{tuple(weight.shape)}, the weight's shape, in {weight.dtype} or torch.float32."
         )
     options = options._replace(entropy=entropy, main_grad=accumulate_into)
-    return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
+    if known_gradient is None:
+        return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
+    if known_gradient.shape != labels.shape or known_gradient.device != labels.device:
+        raise ShapeError(
+            f"linear_logprob: got known_gradient {tuple(known_gradient.shape)} on {known_gradient.device}; expected "
+            f"{tuple(labels.shape)} on {labels.device}, a number for every label."
+        )
+    group = group_of_known(weight, keep_bytes) if differentiable else 0
+    if not group:
+        return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
+    known = known_gradient.detach().to(wide_dtype(hidden.dtype))
+    return TokenStats(*_KnownLogprob.apply(hidden, weight, labels, known, options, group, chunk_tokens))
+
+
+def group_of_known(weight: Tensor, keep_bytes: int) -> int:
+    """How many tokens' gradients are made at a time where they are known; 0 where that does not pay."""
+    rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize)
+    return rows if rows >= LEAST_GROUP["cpu" if weight.device.type == "cpu" else "cuda"] else 0
 
 
 @torch.no_grad()
@@ -216,70 +241,158 @@ def _log_sum(state: RowState) -> Tensor:
     return state.sum.log().to(state.largest.dtype)
 
 
+class _Results(NamedTuple):
+    """What the forward pass leaves, for the tokens it was given."""
+
+    hidden: Tensor
+    weight: Tensor
+    columns: Tensor  # of the labels, on this rank
+    kept: Tensor
+    largest: Tensor
+    log_sum: Tensor
+    local_largest: Tensor
+    best: Tensor
+    logprob: Tensor
+    entropy: Tensor | None
+
+
+def _results(hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> _Results:
+    state, (columns, local_largest, best), kept = _statistics(hidden, weight, labels, options)
+    log_sum = _log_sum(state)
+    logprob = state.target - state.largest - log_sum
+    entropy = None
+    if state.weighted is not None:
+        entropy = (state.sum.log() - state.weighted / state.sum).to(logprob.dtype)
+    return _Results(hidden, weight, columns, kept, state.largest, log_sum, local_largest, best, logprob, entropy)
+
+
+def _gradients(
+    results: _Results, grad_logprob: Tensor | None, grad_entropy: Tensor | None, needs: tuple[bool, bool], options: _Options
+) -> tuple[Tensor, Tensor]:
+    """Of hidden and weight, from the upstream gradients; [0] for what is not needed or went to `main_grad`."""
+    scale = 1.0 / options.temperature
+    logprob = results.logprob
+    g = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob * scale
+    # p - 1 of the label from the logarithm: exact where p is close to 1
+    at_label = -g * torch.expm1(logprob)
+    constant, slope = -g, None
+    if grad_entropy is not None:
+        assert results.entropy is not None
+        e = grad_entropy * scale
+        constant, slope = constant - e * results.entropy, -e
+        at_label = at_label - e * logprob.exp() * (logprob + results.entropy)
+    best_log_p = results.local_largest - results.largest - results.log_sum
+    at_best = best_log_p.exp() * (constant if slope is None else constant + slope * best_log_p)
+    # NaN counts as active, so that it is seen
+    active = (g != 0) if slope is None else (g != 0) | (slope != 0)
+    gradients: tuple[Tensor, Tensor] = head_gradients(
+        results.hidden,
+        results.weight[: options.num_valid],
+        results.columns,
+        active & (results.columns != _IGNORED),
+        results.kept,
+        results.largest,
+        results.log_sum,
+        constant,
+        slope,
+        at_label,
+        results.best,
+        at_best,
+        scale,
+        *options.plan,
+        *needs,
+        None if options.main_grad is None else options.main_grad[: options.num_valid],
+    )
+    return gradients
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # only so under create_graph=True
+        raise RuntimeError(
+            "linear_logprob: create_graph=True asks for second derivatives, which it does not have; use ops.reference"
+        )
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, Tensor | None]:
-        state, (columns, local_largest, best), kept = _statistics(hidden, weight, labels, options)
-        log_sum = _log_sum(state)
-        logprob = state.target - state.largest - log_sum
-        entropy = None
-        if state.weighted is not None:
-            entropy = (state.sum.log() - state.weighted / state.sum).to(logprob.dtype)
-        ctx.save_for_backward(hidden, weight, columns, kept, state.largest, log_sum, local_largest, best, logprob, entropy)
+        results = _results(hidden, weight, labels, options)
+        ctx.save_for_backward(*results)
         ctx.options = options
         ctx.parameter = weight if options.main_grad is not None else None
         ctx.set_materialize_grads(False)
-        return logprob, entropy
+        return results.logprob, results.entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, columns, kept, largest, log_sum, local_largest, best, logprob, entropy = ctx.saved_tensors
-        options: _Options = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # only so under create_graph=True
-            raise RuntimeError(
-                "linear_logprob: create_graph=True asks for second derivatives, which it does not have; use ops.reference"
-            )
+        results, options = _Results(*ctx.saved_tensors), ctx.options
+        _refuse_second_derivatives()
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None
-        scale = 1.0 / options.temperature
-        g = torch.zeros_like(logprob) if grad_logprob is None else grad_logprob * scale
-        # p - 1 of the label from the logarithm: exact where p is close to 1
-        at_label = -g * torch.expm1(logprob)
-        constant, slope = -g, None
-        if grad_entropy is not None:
-            e = grad_entropy * scale
-            constant, slope = constant - e * entropy, -e
-            at_label = at_label - e * logprob.exp() * (logprob + entropy)
-        best_log_p = local_largest - largest - log_sum
-        at_best = best_log_p.exp() * (constant if slope is None else constant + slope * best_log_p)
-        # NaN counts as active, so that it is seen
-        active = (g != 0) if slope is None else (g != 0) | (slope != 0)
-        main_grad = None if options.main_grad is None else options.main_grad[: options.num_valid]
-        grad_hidden, grad_weight = head_gradients(
-            hidden,
-            weight[: options.num_valid],
-            columns,
-            active & (columns != _IGNORED),
-            kept,
-            largest,
-            log_sum,
-            constant,
-            slope,
-            at_label,
-            best,
-            at_best,
-            scale,
-            *options.plan,
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            main_grad,
-        )
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_hidden, grad_weight = _gradients(results, grad_logprob, grad_entropy, needs, options)
         return (
-            grad_hidden if ctx.needs_input_grad[0] else None,
-            _weight_result(weight, ctx.parameter, grad_weight, options) if ctx.needs_input_grad[1] else None,
+            grad_hidden if needs[0] else None,
+            _weight_result(results.weight, ctx.parameter, grad_weight, options) if needs[1] else None,
             None,
             None,
         )
+
+
+class _KnownLogprob(torch.autograd.Function):
+    """Both gradients in the forward pass; the backward pass hands them on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        known: Tensor,
+        options: _Options,
+        group: int,
+        chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        total = options.main_grad
+        if total is None and needs[1]:
+            total = weight.new_zeros(weight.shape, dtype=wide_dtype(weight.dtype))
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        logprobs, entropies = [], []
+        for span in spans(hidden.shape[0], group):
+            rows, itemsize = span.stop - span.start, tile_dtype(hidden.dtype, hidden.device).itemsize
+            everything = rows * options.num_valid * itemsize
+            plan = plan_tiles(rows, options.num_valid, hidden.dtype, hidden.device, chunk_tokens, everything)
+            of_group = options._replace(plan=plan, main_grad=total)
+            results = _results(hidden[span], weight, labels[span], of_group)
+            own, _ = _gradients(results, known[span], None, needs, of_group)
+            if grad_hidden is not None:
+                grad_hidden[span] = own
+            logprobs.append(results.logprob)
+            entropies.append(results.entropy)
+        grad_weight = None
+        if options.main_grad is None and total is not None:
+            grad_weight = total.to(weight.dtype)
+        ctx.save_for_backward(known, grad_hidden, grad_weight)
+        ctx.parameter = weight if options.main_grad is not None else None
+        entropy = torch.cat(entropies) if options.entropy else None  # type: ignore[arg-type]
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprob: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        known, grad_hidden, grad_weight = ctx.saved_tensors
+        _refuse_second_derivatives()
+        torch._assert_async(
+            (grad_logprob == known).all(),
+            "linear_logprob: the gradient of logprob that backward was given is not the known_gradient that forward was given, "
+            "so the weight's gradient is wrong; expected the same numbers. Leave known_gradient out where a loss is scaled "
+            "or masked after the call.",
+        )
+        if ctx.needs_input_grad[1] and ctx.parameter is not None:
+            grad_weight = _placeholder(ctx.parameter)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _weight_result(weight: Tensor, parameter: Tensor | None, grad: Tensor, options: _Options) -> Tensor | None:
@@ -290,10 +403,15 @@ def _weight_result(weight: Tensor, parameter: Tensor | None, grad: Tensor, optio
         padded = weight.new_zeros(weight.shape)
         padded[: options.num_valid] = grad
         return padded
+    return _placeholder(parameter)
+
+
+def _placeholder(parameter: Tensor) -> Tensor | None:
+    """For a gradient that went to `main_grad`."""
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None
     parameter.grad_added_to_main_grad = True
-    return no_gradient(weight)
+    return no_gradient(parameter)
 
 
 def no_gradient(parameter: Tensor) -> Tensor:

@@ -81,10 +81,7 @@ class TrainStep:
                 progress.step + 1,
             )
         self._has_run = True
-        # With one micro-batch the scores come out of the training forward itself; with more, a scoring pass goes first.
-        chosen: Sequence[TokenWeights | None] = [None] * len(batches)
-        if self.objective.spans_micro_batches and len(batches) > 1:
-            chosen = self._scoring_pass(batches, progress) or chosen
+        chosen = self._choose_beforehand(batches, progress)
         self.outputs = []
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -126,11 +123,19 @@ class TrainStep:
         """
         return from_last_stage(self.outputs[0] if self.outputs else None, self.groups)
 
-    def _scoring_pass(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[TokenWeights]:
-        """Weights of all micro-batches, chosen together, on the last stage. Cost: one more forward pass."""
-        stats = token_stats(self.chunks, batches, self.groups, entropy=self.objective.needs_entropy)
+    def _choose_beforehand(self, batches: Sequence[TokenBatch], progress: Progress) -> Sequence[TokenWeights | None]:
+        """Weights of all micro-batches, on the last stage; None where they come out of the training forward itself.
+
+        Cost: one more forward pass where the scores of several micro-batches are compared with each other.
+        """
+        objective, undecided = self.objective, [None] * len(batches)
+        if objective.needs_stats and not (objective.spans_micro_batches and len(batches) > 1):
+            return undecided
+        stats = token_stats(self.chunks, batches, self.groups, entropy=objective.needs_entropy) if objective.needs_stats else None
+        if not self.groups.is_last_stage:
+            return undecided
         with self.timers.phase("select"):
-            return self.objective.select(stats, batches, progress, self.groups.dp) if stats else []
+            return objective.select(stats, batches, progress, self.groups.dp)
 
     def _settle(self) -> dict[str, Metric]:
         """What a selection learns from the step, once the pipeline is empty: on the last stage, where the scores are."""
@@ -145,7 +150,7 @@ class TrainStep:
         """megatron-core's contract: (output, loss function of it)."""
         batch, given = next(work)
         mode = HeadMode.LOGPROB_ENTROPY if self.objective.needs_entropy else HeadMode.LOGPROB
-        head = head_output(model, batch, mode)
+        head = head_output(model, batch, mode, None if given is None else given.weight)
         if isinstance(head, Tensor):
             return head, None  # hidden states, for the next stage
         stats = TokenStats(*head)

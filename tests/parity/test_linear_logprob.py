@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.ops import _ext, head_tiles, reference
-from megarpt.ops.linear_logprob import VocabShard, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, VocabShard, linear_logprob, linear_top1
 from megarpt.testing.distributed import spawn
 from megarpt.testing.oracle import assert_within_twice
 
@@ -43,6 +43,7 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
 pytestmark = pytest.mark.usefixtures("implementation")
 
 MODES = {"recomputed": {}, "kept": {"keep_bytes": 2**30}, "some kept": {"keep_bytes": 2**13}, "chunks": {"chunk_tokens": CHUNK}}
+KNOWN = {"known": {"keep_bytes": 2**30}, "known, in groups": {"keep_bytes": 2**13}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -73,6 +74,34 @@ def test_error_is_at_most_twice_plain_torchs(dtype, entropy, tile, mode, shape, 
         for name, value in actual.items():
             assert value.dtype == (dtype if name.startswith("grad") else torch.float32)
             # plain torch is exact by luck on tiny shapes: allow a few units in the last place of the largest value
+            floor = 4.0 * torch.finfo(value.dtype).eps * float(oracle[name].detach().abs().max())
+            assert_within_twice(value, plains[name], oracle[name], floor=floor, name=f"{name} at scale {scale}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, (24, 6)], ids=["whole", "tiles"])
+@pytest.mark.parametrize("mode", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("shape", [(1, 8, 7), (13, 32, 101), (CHUNK + 1, 48, 2), (61, 24, 2051)])
+def test_error_with_a_known_gradient_is_at_most_twice_plain_torchs(dtype, tile, mode, shape, monkeypatch) -> None:
+    monkeypatch.setitem(LEAST_GROUP, "cpu", 1)
+    if tile is not None:
+        monkeypatch.setitem(head_tiles.TILE_COLUMNS, "cpu", tile[0])
+        monkeypatch.setitem(head_tiles.TILE_BYTES, "cpu", tile[0] * tile[1] * dtype.itemsize)
+    for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):
+        exact = draw(*shape, scale=scale)
+        hidden, weight = (x.to(dtype) for x in exact[:2])
+        labels, upstream = exact[2:]
+
+        def plain(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
+            return reference.linear_logprob(x, w, y, temperature)
+
+        def ours(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature, known: Tensor = upstream[0].float()):
+            return linear_logprob(x, w, y, temperature=temperature, known_gradient=known, **mode)
+
+        oracle = evaluate(plain, hidden.double(), weight.double(), labels, upstream.float(), False)
+        plains = evaluate(plain, hidden, weight, labels, upstream, False)
+        actual = evaluate(ours, hidden, weight, labels, upstream, False)
+        for name, value in actual.items():
             floor = 4.0 * torch.finfo(value.dtype).eps * float(oracle[name].detach().abs().max())
             assert_within_twice(value, plains[name], oracle[name], floor=floor, name=f"{name} at scale {scale}")
 
@@ -137,9 +166,12 @@ def check_rank(compiled: bool) -> None:
         _ext._C = None
     rank, world = dist.get_rank(), dist.get_world_size()
     head_tiles.TILE_COLUMNS["cpu"], head_tiles.TILE_BYTES["cpu"] = 7, 7 * 8 * 4
-    cases = itertools.product((29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}), (1.0, 0.6))
+    LEAST_GROUP["cpu"] = 1
+    cases = itertools.product((29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}, KNOWN), (1.0, 0.6))
     for v, entropy, mode, temperature in cases:
         hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
+        if mode is KNOWN:
+            mode, entropy = {"keep_bytes": 5 * 16 * 8, "known_gradient": upstream[0]}, False  # five tokens of a rank's part
         labels[3] = -100
         rows = 16
         padded = torch.cat([weight, torch.full((rows * world - v, weight.shape[1]), 3.0, dtype=weight.dtype)])

@@ -9,7 +9,7 @@ from torch import Tensor
 from megarpt.errors import ShapeError
 from megarpt.ops import _ext, head_tiles, reference
 from megarpt.ops.head_tiles import TILE_BYTES, TILE_COLUMNS, TilePlan, plan_tiles, spans
-from megarpt.ops.linear_logprob import linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, group_of_known, linear_logprob, linear_top1
 from megarpt.testing.memory import peak_bytes
 
 T, H, V = 11, 6, 17
@@ -281,6 +281,7 @@ def test_nothing_is_kept_without_gradients() -> None:
         ({"vocab_size": 0}, "vocab_size"),
         ({"accumulate_into": torch.zeros(V, H + 1)}, "accumulate_into"),
         ({"accumulate_into": torch.zeros(V, H, dtype=torch.float64)}, "accumulate_into"),
+        ({"known_gradient": torch.zeros(T + 1)}, "a number for every label"),
     ],
 )
 def test_mistakes_are_refused(change: dict, match: str) -> None:
@@ -363,3 +364,100 @@ def test_fp32_tiles_of_half_precision_as_a_gpu_has_them(options: dict, monkeypat
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == torch.bfloat16
         torch.testing.assert_close(ours.float(), theirs, rtol=2e-2, atol=2e-2)
+
+
+GROUP_OF_FOUR = 4 * V * 4  # bytes of the logits of four tokens in fp32
+
+
+@pytest.fixture
+def any_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEAST_GROUP, "cpu", 1)
+
+
+@pytest.mark.usefixtures("any_group")
+@pytest.mark.parametrize("options", [{}, {"entropy": True}, {"chunk_tokens": 2}, {"temperature": 0.7}])
+@pytest.mark.parametrize("t", [0, 1, 4, 11])
+def test_a_known_gradient_gives_the_same(t: int, options: dict) -> None:
+    hidden, weight, labels = inputs(t)
+    known = torch.randn(t)
+    labels[::3] = -1
+    known[1::4] = 0.0
+    expected = linear_logprob(hidden, weight, labels, **options)
+    actual = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=known, **options)
+    torch.testing.assert_close(actual.logprob, expected.logprob)
+    if options.get("entropy"):
+        torch.testing.assert_close(actual.entropy, expected.entropy)
+        assert not actual.entropy.requires_grad
+    for ours, its in zip(
+        gradients((actual.logprob * known).sum(), hidden, weight),
+        gradients((expected.logprob * known).sum(), hidden, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, its)
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_known_gradient_takes_three_products_and_logits_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    product = head_tiles._product_into
+    monkeypatch.setattr(
+        head_tiles, "_product_into", lambda out, *factors: (made.append(tuple(out.shape)), product(out, *factors))
+    )
+    hidden, weight, labels = inputs()
+    main_grad = torch.zeros_like(weight)
+    out = linear_logprob(
+        hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=torch.ones(T), accumulate_into=main_grad
+    ).logprob
+    assert sum(rows * columns for rows, columns in made) == T * V  # logits once; the weight's gradient is an addmm
+    assert main_grad.any()  # already
+    made.clear()
+    out.sum().backward()
+    assert not made and weight.grad is None
+
+
+@pytest.mark.usefixtures("any_group")
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_another_gradient_than_the_known_one_is_noticed(accumulates: bool) -> None:
+    hidden, weight, labels = inputs()
+    buffer = torch.zeros_like(weight) if accumulates else None
+    out = linear_logprob(
+        hidden, weight, labels, keep_bytes=KEEP_ALL, known_gradient=torch.ones(T), accumulate_into=buffer
+    ).logprob
+    with pytest.raises(RuntimeError, match="not the known_gradient that forward was given"):
+        (2.0 * out).sum().backward()
+
+
+def test_a_known_gradient_is_left_aside_where_few_tokens_fit() -> None:
+    hidden, weight, labels = inputs()
+    assert group_of_known(weight, LEAST_GROUP["cpu"] * V * 4) == LEAST_GROUP["cpu"]
+    assert group_of_known(weight, LEAST_GROUP["cpu"] * V * 4 - 1) == 0
+    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=torch.ones(T)).logprob
+    (2.0 * out).sum().backward()  # made from what arrives
+    expected = gradients(2.0 * linear_logprob(hidden, weight, labels).logprob.sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_known_gradient_without_gradients_is_not_used() -> None:
+    hidden, weight, labels = inputs()
+    buffer = torch.zeros_like(weight)
+    with torch.no_grad():
+        linear_logprob(hidden, weight, labels, keep_bytes=KEEP_ALL, known_gradient=torch.ones(T), accumulate_into=buffer)
+    assert not buffer.any()
+    out = linear_logprob(hidden, weight.detach(), labels, keep_bytes=KEEP_ALL, known_gradient=torch.ones(T)).logprob
+    out.sum().backward()  # of a weight that does not train
+    torch.testing.assert_close(hidden.grad, gradients(linear_logprob(hidden, weight, labels).logprob.sum(), hidden)[0])
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_known_gradient_compiles_into_one_graph() -> None:
+    hidden, weight, labels = inputs()
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return linear_logprob(x, w, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=torch.ones(T)).logprob.sum()
+
+    expected = gradients(loss(hidden, weight), hidden, weight)
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ours, its in zip(gradients(compiled(hidden, weight), hidden, weight), expected, strict=True):
+        torch.testing.assert_close(ours, its)
