@@ -29,6 +29,9 @@ Rule = Callable[[PretrainConfig], str | None]
 STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
 """Which per-token stream of the reference model a scorer reads."""
 
+STUDENT_SCORERS = {"excess_loss", "loss"}
+"""Scorers that read what the model that trains makes of a token."""
+
 COLLECTIVE_TIMEOUT_MINUTES = 30.0
 """How long a collective waits for a peer that is alive and silent: what `device.runtime` and megatron-core give a group."""
 
@@ -103,6 +106,11 @@ def reference_streams(cfg: ObjectiveConfig) -> tuple[str, ...]:
     """The per-token streams of the reference model that the objective reads."""
     streams = (STREAM_OF_SCORER.get(scorer) for scorer in _scorers(cfg).values())
     return tuple(dict.fromkeys(stream for stream in streams if stream is not None))
+
+
+def ranks_by_student(cfg: ObjectiveConfig) -> bool:
+    """Whether the model that trains has a say in what a token is worth; otherwise that follows from the data alone."""
+    return not STUDENT_SCORERS.isdisjoint(_scorers(cfg).values())
 
 
 def preset_exists(cfg: PretrainConfig) -> str | None:

@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 
+from megarpt.model.embedding import RowGradients
 from megarpt.ops.linear_logprob import VocabShard, linear_logprob, linear_top1
 
 
@@ -49,8 +50,10 @@ class TokenStatsGPT(GPTModel):
             self.rotary_pos_emb.cp_group = None  # angles are gathered by position, so every rank keeps the whole table
 
     def _preprocess(self, *args: Any, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """As megatron-core, with rotary angles gathered by position so that they restart with every document."""
-        out = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
+        """As megatron-core, with rotary angles gathered by position so that they restart with every document, and without a
+        gradient as large as the embedding."""
+        with RowGradients():
+            out = super()._preprocess(*args, position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs)
         packed_as_one_sequence = packed_seq_params is not None and packed_seq_params.qkv_format == "sbhd"
         if self.position_embedding_type == "rope" and packed_as_one_sequence:
             positions = position_ids[0]

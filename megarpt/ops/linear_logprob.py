@@ -361,15 +361,16 @@ class _KnownLogprob(torch.autograd.Function):
         logprobs, entropies = [], []
         for span in spans(hidden.shape[0], group):
             rows, itemsize = span.stop - span.start, tile_dtype(hidden.dtype, hidden.device).itemsize
-            everything = rows * options.num_valid * itemsize
-            plan = plan_tiles(rows, options.num_valid, hidden.dtype, hidden.device, chunk_tokens, everything)
+            all_logits = rows * options.num_valid * itemsize
+            plan = plan_tiles(rows, options.num_valid, hidden.dtype, hidden.device, chunk_tokens, all_logits)
             of_group = options._replace(plan=plan, main_grad=total)
             results = _results(hidden[span], weight, labels[span], of_group)
-            own, _ = _gradients(results, known[span], None, needs, of_group)
+            own = _gradients(results, known[span], None, needs, of_group)[0]
             if grad_hidden is not None:
                 grad_hidden[span] = own
             logprobs.append(results.logprob)
             entropies.append(results.entropy)
+            del results, own  # before the logits of the next group are made
         grad_weight = None
         if options.main_grad is None and total is not None:
             grad_weight = total.to(weight.dtype)

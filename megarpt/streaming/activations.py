@@ -25,9 +25,10 @@ Kind = Literal["layer inputs", "layer working set", "head"]
 
 _WIDE = 4  # bytes of fp32
 
-# Of the head's tiles: megarpt/ops/head_tiles.py, which cannot be imported without torch; a test compares the two.
+# Of the head: megarpt/ops/head_tiles.py and linear_logprob.py, which need torch; a test compares them.
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
+LEAST_GROUP = {"cpu": 128, "cuda": 1024}
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class Work:
     keep_bytes: int  # of logits
     head_chunk_tokens: int
     num_microbatches: int
+    knows_weights: bool  # of the tokens, before the model has seen them
 
     @property
     def num_tokens(self) -> int:
@@ -309,16 +311,33 @@ class _Walk:
 
     def _head(self) -> None:
         """megarpt/ops/linear_logprob.py, all tokens trained."""
-        d, take, free, item = self.d, self.ledger.take, self.ledger.free, self.item
-        t = self.tokens
-        rows, columns, kept, logit = tile_of(d, self.work)
+        d, take, free, item, t = self.d, self.ledger.take, self.ledger.free, self.item, self.tokens
         if d.is_sequence_parallel:
             take("head", hidden_gathered=t * d.hidden * item)
-        take("head", logits_kept=kept * t * logit)
+        if group := group_of(d, self.work):
+            take("head", final_norm_gradient=t * d.hidden * item)
+            self._head_forward(group, kept=d.vocab)
+            self._head_gradients(group, result="gradient_of_a_group")
+            free("gradient of a group", "final output", "logits kept", "head statistics", "hidden gathered")
+        else:
+            self._head_forward(t, kept=tile_of(d, self.work)[2])
+            self._head_gradients(t, result="final_norm_gradient")
+        if d.is_sequence_parallel:
+            self.ledger.rename("head", "final norm gradient", "gathered gradient")
+            take("head", final_norm_gradient=self.shared(t) * d.hidden * item)
+            free("gathered gradient")
+
+    def _head_forward(self, t: float, *, kept: int) -> None:
+        rows, columns, _, logit = tile_of(self.d, self.work)
+        self.ledger.take("head", logits_kept=kept * t * logit)
         # label's column, largest, log of the sum, label's logit, best column and their likes; forward also fp64 sums
-        take("head", head_statistics=t * 44.0)
-        self.ledger.touch("head", tile=rows * columns * logit, running_sums=t * 32.0)
-        # Backward
+        self.ledger.take("head", head_statistics=t * 44.0)
+        self.ledger.touch("head", tile=min(rows, t) * columns * logit, running_sums=t * 32.0)
+
+    def _head_gradients(self, t: float, *, result: str) -> None:
+        d, take, free, item = self.d, self.ledger.take, self.ledger.free, self.item
+        rows, columns, _, logit = tile_of(d, self.work)
+        rows = min(rows, int(t))
         take("head", hidden_gradient_sum=t * d.hidden * _WIDE, tile=rows * columns * logit, per_token_factors=t * 24.0)
         if item < _WIDE:
             # a product of half precision, on a CPU before and after it is made fp32, is added to sums in fp32
@@ -333,15 +352,11 @@ class _Walk:
             self.ledger.touch("head", product=rows * d.hidden * each)
             free("weight gradient of a block")
             self.ledger.touch("head", weight_gradient_of_a_block=sum_of_block, product=columns * d.hidden * each)
-            take("head", final_norm_gradient=t * d.hidden * item)
+            take("head", **{result: t * d.hidden * item})
             free("hidden gradient sum", "hidden turned", "tile in half")
         else:
-            self.ledger.rename("head", "hidden gradient sum", "final norm gradient")
+            self.ledger.rename("head", "hidden gradient sum", result)
         free("tile", "per token factors")
-        if d.is_sequence_parallel:
-            self.ledger.rename("head", "final norm gradient", "gathered gradient")
-            take("head", final_norm_gradient=self.shared(t) * d.hidden * item)
-            free("gathered gradient")
 
     # Backward
 
@@ -512,14 +527,10 @@ class _Walk:
         self.ledger.free("inputs of the other layers", "kept by the other layers", "first input")
 
     def _embedding_backward(self) -> None:
-        """As large as the matrices, whatever the tokens."""
-        d, ledger = self.d, self.ledger
-        for rows in (d.learned_positions, d.vocab):
-            ledger.take("head", embedding_gradient=rows * d.hidden * self.item)
-            if self.half_on_cpu:
-                ledger.touch("head", embedding_gradient_in_fp32=rows * d.hidden * _WIDE)
-            ledger.free("embedding gradient")
-        ledger.free("input gradient")
+        """megarpt/model/embedding.py: rows are added to main_grad, in fp32."""
+        if self.item < _WIDE:
+            self.ledger.touch("head", embedding_gradient_in_fp32=self.tokens * self.d.hidden * _WIDE)
+        self.ledger.free("input gradient")
 
 
 def tile_of(shape: Shape, work: Work) -> tuple[int, int, int, int]:
@@ -532,6 +543,16 @@ def tile_of(shape: Shape, work: Work) -> tuple[int, int, int, int]:
     return rows, columns, kept if kept == shape.vocab else kept - kept % columns, logit
 
 
+def group_of(shape: Shape, work: Work) -> float:
+    """Tokens whose logits exist at a time where the head makes its gradients at once, as ops/linear_logprob.py decides; 0 where
+    it does not."""
+    if not work.knows_weights:
+        return 0.0
+    tokens, device = work.num_tokens // shape.cp, "cpu" if shape.on_cpu else "cuda"
+    most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3])
+    return tokens / -(-tokens // most) if most >= LEAST_GROUP[device] else 0.0
+
+
 def kept_share(shape: Shape, work: Work) -> float:
-    """Of the logits, those that are held from forward to backward."""
-    return tile_of(shape, work)[2] / shape.vocab
+    """Of the logits, those that are not made again in the backward pass."""
+    return 1.0 if group_of(shape, work) else tile_of(shape, work)[2] / shape.vocab

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, PretrainConfig
-from megarpt.config.validate import layout_problems
+from megarpt.config.validate import layout_problems, ranks_by_student
 from megarpt.errors import ConfigError
 from megarpt.streaming.activations import Peak, Way, Work, kept_share, peak_of
 from megarpt.streaming.shape import Shape, Stage, shape_of, smallest_world
@@ -92,6 +92,7 @@ class Situation:
     keep_bytes: int = DEFAULT_HEAD_KEEP_MIB * 2**20
     head_chunk_tokens: int = 0
     trained_share: float = 1.0  # of the tokens
+    knows_weights: bool = False  # of all tokens, before the model has seen them
 
     @classmethod
     def of(cls, cfg: PretrainConfig, *, vocab_size: int, on_cpu: bool, world_size: int | None = None) -> Situation:
@@ -103,15 +104,18 @@ class Situation:
         shape = shape_of(cfg, world_size or smallest_world(cfg), vocab_size, on_cpu=on_cpu)
         keep_mib = DEFAULT_HEAD_KEEP_MIB if cfg.train.head_keep_mib is None else cfg.train.head_keep_mib
         micro, objective = cfg.batch.micro_batch_size, cfg.objective
+        num_microbatches = max(1, cfg.batch.global_batch_size // (micro * shape.dp))
+        scored_before = objective.scope in ("rank", "global_batch") and num_microbatches > 1
         return cls(
             shape=shape,
             seq_length=cfg.data.seq_length,
             micro_batch_size=micro,
-            num_microbatches=max(1, cfg.batch.global_batch_size // (micro * shape.dp)),
+            num_microbatches=num_microbatches,
             chunk_tokens=cfg.stream.chunk_tokens or DEFAULT_CHUNK_TOKENS,
             keep_bytes=keep_mib * 2**20,
             head_chunk_tokens=cfg.train.head_chunk_tokens,
             trained_share=objective.fraction if objective.weighting == "top_fraction" else 1.0,
+            knows_weights=scored_before or not ranks_by_student(objective),
         )
 
     @property
@@ -128,6 +132,7 @@ class Situation:
             keep_bytes=self.keep_bytes,
             head_chunk_tokens=self.head_chunk_tokens,
             num_microbatches=self.num_microbatches,
+            knows_weights=self.knows_weights,
         )
 
     def memory(self, way: Way) -> Memory:

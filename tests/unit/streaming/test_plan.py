@@ -22,7 +22,7 @@ from megarpt.errors import ConfigError
 from megarpt.model.build import build_model, build_network, transformer_config
 from megarpt.model.forward import head_output, run_schedule
 from megarpt.model.token_stats_gpt import HeadMode
-from megarpt.ops import head_tiles
+from megarpt.ops import head_tiles, linear_logprob
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.streaming import activations
 from megarpt.streaming.activations import WAYS, Way, chunk_lengths, peak_of, tile_of
@@ -40,6 +40,7 @@ SHAPE = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_que
 GPT2 = {"model.preset": "gpt2-124m", "model.gpt": {"max_sequence_length": 2048}}
 MHA = {"num_query_groups": 4}
 BF16 = {"train.precision": "bf16"}
+SELECTS = {"objective": {"scorer": "loss", "weighting": "top_fraction", "scope": "sequence"}}
 TIED = {"model.gpt": {"share_embeddings_and_output_weights": True}}
 LONG = {"data.seq_length": 2048, "stream.chunk_tokens": 256}
 # Queries wider than the hidden state, a narrow feed-forward layer: the peak is in attention.
@@ -74,8 +75,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name -> (model.mc
     "two-samples-bf16": ({}, {"data.seq_length": 512, "batch.micro_batch_size": 2, **BF16}),
     "wide-attention": (WIDE_ATTENTION, LONG),
     "wide-attention-bf16": (WIDE_ATTENTION, LONG | BF16),
-    "all-logits-kept": ({}, {"train.head_keep_mib": 64}),
-    "some-logits-kept-bf16": ({}, {"train.head_keep_mib": 3, **BF16}),
+    "all-logits-kept": ({}, {"train.head_keep_mib": 64, **SELECTS}),
+    "some-logits-kept-bf16": ({}, {"train.head_keep_mib": 3, **SELECTS, **BF16}),
+    "all-gradients-at-once": ({}, {"train.head_keep_mib": 64}),
+    "gradients-in-groups": ({}, {"train.head_keep_mib": 8, "model.vocab_size": 8192}),
+    "gradients-in-groups-bf16": ({}, {"train.head_keep_mib": 4, "model.vocab_size": 8192, **BF16}),
     "rows-of-logits-bounded": ({}, {"train.head_chunk_tokens": 200}),
     "experts": (EXPERTS, MOE),
     "experts-bf16": (EXPERTS, MOE | BF16),
@@ -117,9 +121,10 @@ def measured(cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups,
     chunks = build_model(cfg, layout, groups, started, vocab_size=cfg.model.vocab_size)
     s, b = cfg.data.seq_length, cfg.batch.micro_batch_size
     work: list[tuple[TokenBatch, None]] = [(random_batch(b, s, cfg.model.vocab_size, seed), None) for seed in range(count)]
+    weight = torch.ones(b, s) if planned(cfg, dist.get_world_size()).knows_weights else None
 
     def step(items: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-        out = head_output(model, next(items)[0], HeadMode.LOGPROB)
+        out = head_output(model, next(items)[0], HeadMode.LOGPROB, weight)
         first = out if isinstance(out, torch.Tensor) else out[0]
         return first, lambda output: (-output.sum(), torch.ones((), dtype=torch.int), {})
 
@@ -264,6 +269,7 @@ def test_zero_divides_the_optimizer_and_nothing_else() -> None:
 
 def test_tiles_of_the_head_are_those_of_the_head() -> None:
     assert (activations.TILE_COLUMNS, activations.TILE_BYTES) == (head_tiles.TILE_COLUMNS, head_tiles.TILE_BYTES)
+    assert activations.LEAST_GROUP == linear_logprob.LEAST_GROUP
     for seq, vocab, keep, rows in itertools.product((64, 1000, 4096), (512, 5000, 32_000), (0, 3, 100, 4000), (0, 100)):
         cfg = configure(
             "plain",
