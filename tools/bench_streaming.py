@@ -104,7 +104,8 @@ def language_model(model: torch.nn.Module, batch: TokenBatch, has_plain_head: bo
     """Mean cross-entropy."""
     if has_plain_head:
         return F.cross_entropy(plain_logits(model, batch).flatten(0, 1).float(), batch.labels.flatten())
-    return -head_output(model, batch, HeadMode.LOGPROB)[0].mean()
+    weight = torch.full(batch.labels.shape, 1.0 / batch.labels.numel(), device=batch.labels.device)  # known beforehand
+    return -(weight * head_output(model, batch, HeadMode.LOGPROB, weight)[0]).sum()
 
 
 def clipped_policy_gradient(model: torch.nn.Module, batch: TokenBatch, has_plain_head: bool) -> Tensor:

@@ -94,8 +94,8 @@ def linear_logprob(
     Shapes: hidden [t, h], weight [v, h], labels, known_gradient [t], labels int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
     Cost: products of 2 t h v FLOPs forward and 6 k h v backward, k = tokens with a non-zero upstream gradient (4 k h v of what
-        is kept, and where the gradient is known: forward). Peak bytes beyond inputs and gradients: on a CPU a tile of 4 MiB, and for half precision [t, h] in fp32 and
-        [t, h] once more; when tokens are left out twice [k, h]; and keep_bytes.
+        is kept, and where the gradient is known: forward). Peak bytes beyond inputs and gradients: on a CPU a tile of 4 MiB;
+        for half precision [t, h] in fp32 and [t, h] once more; when tokens are left out twice [k, h]; and keep_bytes.
         On an accelerator the host waits once forward (are there ignored labels?) and once backward (how many are kept?).
     Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] fp64 ([3, t] with entropy), or as many of each as
         there are groups of tokens where the gradient is known. Backward: none; the

@@ -131,7 +131,9 @@ class TrainStep:
         objective, undecided = self.objective, [None] * len(batches)
         if objective.needs_stats and not (objective.spans_micro_batches and len(batches) > 1):
             return undecided
-        stats = token_stats(self.chunks, batches, self.groups, entropy=objective.needs_entropy) if objective.needs_stats else None
+        stats = None
+        if objective.needs_stats:
+            stats = token_stats(self.chunks, batches, self.groups, entropy=objective.needs_entropy)
         if not self.groups.is_last_stage:
             return undecided
         with self.timers.phase("select"):

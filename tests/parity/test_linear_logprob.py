@@ -90,15 +90,16 @@ def test_error_with_a_known_gradient_is_at_most_twice_plain_torchs(dtype, tile, 
     for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):
         exact = draw(*shape, scale=scale)
         hidden, weight = (x.to(dtype) for x in exact[:2])
-        labels, upstream = exact[2:]
+        labels, upstream = exact[2], exact[3].float()
+        options = {"temperature": temperature, "known_gradient": upstream[0]} | mode
 
         def plain(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
             return reference.linear_logprob(x, w, y, temperature)
 
-        def ours(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature, known: Tensor = upstream[0].float()):
-            return linear_logprob(x, w, y, temperature=temperature, known_gradient=known, **mode)
+        def ours(x: Tensor, w: Tensor, y: Tensor, options: dict = options):
+            return linear_logprob(x, w, y, **options)
 
-        oracle = evaluate(plain, hidden.double(), weight.double(), labels, upstream.float(), False)
+        oracle = evaluate(plain, hidden.double(), weight.double(), labels, upstream, False)
         plains = evaluate(plain, hidden, weight, labels, upstream, False)
         actual = evaluate(ours, hidden, weight, labels, upstream, False)
         for name, value in actual.items():

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megarpt.config.schema import ObjectiveConfig
+from megarpt.config.validate import ranks_by_student
 from megarpt.errors import CheckpointError, ConfigError
 from megarpt.objectives.build import SCORERS, WEIGHTINGS, build_objective
 from megarpt.objectives.language_model import WeightedLanguageModel
@@ -229,6 +230,22 @@ def test_every_configured_name_is_built() -> None:
     assert objective.streams == ("ref_entropy",) and objective.spans_micro_batches and not objective.needs_entropy
     with pytest.raises(ConfigError, match="scorer"):
         build_objective(ObjectiveConfig(weighting="top_fraction", fraction=0.5), seed=0)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORERS if name != "none"])
+def test_weights_that_follow_from_the_data_need_no_statistics(make_tokens, name) -> None:
+    """They are chosen before the model has run, and are the same."""
+    stats, batch = make_tokens()
+    cfg = ObjectiveConfig(scorer=name, weighting="top_fraction", fraction=0.5)
+    objective = build_objective(cfg, seed=3)
+    assert objective.needs_stats == ranks_by_student(cfg) == (name in ("excess_loss", "loss"))
+    progress = Progress(step=4)
+    if objective.needs_stats:
+        with pytest.raises(AssertionError):
+            objective.select(None, [batch], progress, None)
+        return
+    (before,), (after,) = objective.select(None, [batch], progress, None), objective.select([stats], [batch], progress, None)
+    assert torch.equal(before.weight, after.weight) and 0 < before.weight.sum() < batch.loss_mask.sum()
 
 
 def objective_of(scope: str, combine: str | None = None, num_sources: int = 2) -> WeightedLanguageModel:
