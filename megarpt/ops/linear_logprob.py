@@ -89,7 +89,8 @@ def linear_logprob(
         known_gradient: the upstream gradient of `logprob`, where it does not depend on the results. Both gradients are then
             made in the forward pass, of as many tokens at a time as have their logits in `keep_bytes` (of at least
             `LEAST_GROUP`; where fewer fit it is not made use of). A backward pass has to follow and to bring this very
-            gradient, or it raises (on an accelerator as a device-side assertion). The entropy is not differentiable.
+            gradient, or it raises (on an accelerator as a device-side assertion); where NaN arrives, so it is. The entropy is
+            not differentiable.
 
     Shapes: hidden [t, h], weight [v, h], labels, known_gradient [t], labels int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
@@ -385,14 +386,17 @@ class _KnownLogprob(torch.autograd.Function):
     def backward(ctx: Any, grad_logprob: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         known, grad_hidden, grad_weight = ctx.saved_tensors
         _refuse_second_derivatives()
+        broken = grad_logprob.isnan()  # of a loss that is no number, which has to be seen
         torch._assert_async(
-            (grad_logprob == known).all(),
+            ((grad_logprob == known) | broken).all(),
             "linear_logprob: the gradient of logprob that backward was given is not the known_gradient that forward was given, "
             "so the weight's gradient is wrong; expected the same numbers. Leave known_gradient out where a loss is scaled "
             "or masked after the call.",
         )
         if ctx.needs_input_grad[1] and ctx.parameter is not None:
             grad_weight = _placeholder(ctx.parameter)
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.masked_fill(broken[:, None], torch.nan)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 

@@ -427,6 +427,17 @@ def test_another_gradient_than_the_known_one_is_noticed(accumulates: bool) -> No
         (2.0 * out).sum().backward()
 
 
+@pytest.mark.usefixtures("any_group")
+def test_nan_that_arrives_in_place_of_a_known_gradient_is_seen() -> None:
+    """A loss that is no number must not look like one to whoever skips such steps."""
+    hidden, weight, labels = inputs()
+    out = linear_logprob(hidden, weight, labels, keep_bytes=KEEP_ALL, known_gradient=torch.ones(T)).logprob
+    factor = torch.ones(T)
+    factor[3] = torch.nan
+    (out * factor).sum().backward()
+    assert hidden.grad.isnan().all(dim=1).tolist() == [row == 3 for row in range(T)]
+
+
 def test_a_known_gradient_is_left_aside_where_few_tokens_fit() -> None:
     hidden, weight, labels = inputs()
     assert group_of_known(weight, LEAST_GROUP["cpu"] * V * 4) == LEAST_GROUP["cpu"]
