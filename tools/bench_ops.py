@@ -5,8 +5,9 @@
     python tools/bench_ops.py --contenders plain,megarpt,compile --device cuda
 
 Every contender gets the same hidden states, weight, labels and 0/1 weights, and computes the weighted sum of the per-token
-losses and the gradients of hidden states and weight. The weights are applied after the loss, as token selection has to. They
-run in turn within each round, in one process; the table shows medians. What cannot run here is named with its reason.
+losses and the gradients of hidden states and weight. The weights are applied after the loss, as token selection has to, but
+for the contenders that say otherwise. They run in turn within each round, in one process; the table shows medians. What cannot
+run here is named with its reason.
 
     plain         hidden @ weight.T, cross_entropy in fp32: what nearly every training script does
     compile       the same under torch.compile
@@ -18,6 +19,8 @@ run in turn within each round, in one process; the table shows medians. What can
                   afterwards: its sum is over all tokens
     megarpt       linear_logprob: nothing held from forward to backward
     megarpt_keep  linear_logprob that holds the logits, as the other contenders do
+    megarpt_known linear_logprob that is told the weights, as language modeling can: the gradients are made in the forward
+                  pass, from 128 MiB of logits at a time
     floor         the three matrix products alone, all tokens kept, in reused buffers
 
 Columns: seconds (CPU seconds of all threads, wall on a GPU), over plain, over floor, share of the rate that the products of
@@ -58,18 +61,20 @@ from megarpt.ops.linear_logprob import linear_logprob  # noqa: E402
 from megarpt.parallel.layout import ParallelLayout  # noqa: E402
 from megarpt.testing.memory import peak_bytes  # noqa: E402
 
+KNOWN = 128 * 2**20  # bytes of logits at a time, train.head_keep_mib's default
+
 Step = Callable[[], object]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels -> per-token nll [t], or its sum []
+Loss = Callable[..., Tensor]  # hidden, weight, labels, weights of the tokens -> per-token nll [t], or its sum []
 
 
-def plain(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def plain(hidden: Tensor, weight: Tensor, labels: Tensor, *_: Tensor) -> Tensor:
     """Whole logits, softmax in fp32."""
     return F.cross_entropy((hidden @ weight.t()).float(), labels, reduction="none")
 
 
 def mcore(cross_entropy: Callable[..., Tensor], *arguments: Any) -> Loss:
     """Whole logits, megatron-core's loss of them; it wants [s, b, v]."""
-    return lambda x, w, y: cross_entropy((x @ w.t())[:, None].float(), y[:, None], *arguments)[:, 0]
+    return lambda x, w, y, _: cross_entropy((x @ w.t())[:, None].float(), y[:, None], *arguments)[:, 0]
 
 
 def cut_cross_entropy() -> Loss:
@@ -77,14 +82,14 @@ def cut_cross_entropy() -> Loss:
     from cut_cross_entropy import linear_cross_entropy
 
     form = "cce" if MACHINE.device.type == "cuda" else "torch_compile"
-    return lambda x, w, y: linear_cross_entropy(x, w, y, impl=form, reduction="none")
+    return lambda x, w, y, _: linear_cross_entropy(x, w, y, impl=form, reduction="none")
 
 
 def liger() -> Loss:
     """Liger-Kernel's, summed over all tokens."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Fused
 
-    return lambda x, w, y: Fused.apply(x, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
+    return lambda x, w, y, _: Fused.apply(x, w, y, None, None, -100, 0.0, 0.0, "sum")[0]
 
 
 CONTENDERS: dict[str, Callable[[], Loss]] = {
@@ -92,12 +97,13 @@ CONTENDERS: dict[str, Callable[[], Loss]] = {
     "compile": lambda: torch.compile(plain, dynamic=False),
     "mcore": lambda: mcore(vocab_parallel_cross_entropy),
     "mcore_fused": lambda: mcore(fused_vocab_parallel_cross_entropy, torch.distributed.group.WORLD),
-    "torch_linear": lambda: lambda x, w, y: F.linear_cross_entropy(x, w, y, reduction="none"),
+    "torch_linear": lambda: lambda x, w, y, _: F.linear_cross_entropy(x, w, y, reduction="none"),
     "cce": cut_cross_entropy,
     "liger": liger,
-    "megarpt": lambda: lambda x, w, y: -linear_logprob(x, w, y).logprob,
-    "megarpt_keep": lambda: lambda x, w, y: -linear_logprob(x, w, y, keep_bytes=1 << 50).logprob,
-    "megarpt_entropy": lambda: lambda x, w, y: -linear_logprob(x, w, y, entropy=True).logprob,
+    "megarpt": lambda: lambda x, w, y, _: -linear_logprob(x, w, y).logprob,
+    "megarpt_keep": lambda: lambda x, w, y, _: -linear_logprob(x, w, y, keep_bytes=1 << 50).logprob,
+    "megarpt_known": lambda: lambda x, w, y, k: -linear_logprob(x, w, y, keep_bytes=KNOWN, known_gradient=-k).logprob,
+    "megarpt_entropy": lambda: lambda x, w, y, _: -linear_logprob(x, w, y, entropy=True).logprob,
 }
 
 
@@ -119,7 +125,7 @@ def training_step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor, ke
     """Forward, weighted sum, backward; the gradients are returned, so nothing of a step outlives it."""
 
     def step() -> tuple[Tensor, ...]:
-        nll = loss(hidden, weight, labels)
+        nll = loss(hidden, weight, labels, kept)
         return torch.autograd.grad((nll * kept).sum() if nll.dim() else nll, (hidden, weight))
 
     return step
@@ -230,7 +236,7 @@ def main() -> None:
     parser.add_argument("--kept", nargs="+", type=float, default=[1.0, 0.6], help="share of tokens with a non-zero weight")
     parser.add_argument(
         "--contenders",
-        default="plain,compile,mcore,mcore_fused,torch_linear,cce,liger,megarpt,megarpt_keep",
+        default="plain,compile,mcore,mcore_fused,torch_linear,cce,liger,megarpt,megarpt_keep,megarpt_known",
         help=f"comma-separated, some of {', '.join(CONTENDERS)}",
     )
     parser.add_argument("--threads", type=int, default=1)

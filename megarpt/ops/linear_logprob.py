@@ -27,8 +27,9 @@ from megarpt.structs import TokenStats
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ANOTHER_RANKS, _IGNORED = -1, -2  # labels as head_tiles wants them
-# Each group of tokens reads and writes the weight's gradient once. With fewer tokens that costs more than a fourth product.
-LEAST_GROUP = {"cpu": 128, "cuda": 1024}
+# (device, half precision) -> tokens. Each group of tokens reads and writes the weight's gradient once; with fewer tokens that
+# costs more than a fourth product. Measured on a CPU (docs/decisions/0011), reasoned for a GPU.
+LEAST_GROUP = {("cpu", False): 128, ("cpu", True): 2048, ("cuda", False): 1024, ("cuda", True): 4096}
 
 
 class VocabShard(NamedTuple):
@@ -134,7 +135,8 @@ def linear_logprob(
 def group_of_known(weight: Tensor, keep_bytes: int) -> int:
     """How many tokens' gradients are made at a time where they are known; 0 where that does not pay."""
     rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize)
-    return rows if rows >= LEAST_GROUP["cpu" if weight.device.type == "cpu" else "cuda"] else 0
+    kind = "cpu" if weight.device.type == "cpu" else "cuda"
+    return rows if rows >= LEAST_GROUP[kind, weight.dtype.itemsize < 4] else 0
 
 
 @torch.no_grad()

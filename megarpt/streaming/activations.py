@@ -28,7 +28,7 @@ _WIDE = 4  # bytes of fp32
 # Of the head: megarpt/ops/head_tiles.py and linear_logprob.py, which need torch; a test compares them.
 TILE_COLUMNS = {"cpu": 1024, "cuda": 4096}
 TILE_BYTES = {"cpu": 4 * 2**20, "cuda": 128 * 2**20}
-LEAST_GROUP = {"cpu": 128, "cuda": 1024}
+LEAST_GROUP = {("cpu", False): 128, ("cpu", True): 2048, ("cuda", False): 1024, ("cuda", True): 4096}
 
 
 @dataclass(slots=True)
@@ -550,7 +550,7 @@ def group_of(shape: Shape, work: Work) -> float:
         return 0.0
     tokens, device = work.num_tokens // shape.cp, "cpu" if shape.on_cpu else "cuda"
     most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3])
-    return tokens / -(-tokens // most) if most >= LEAST_GROUP[device] else 0.0
+    return tokens / -(-tokens // most) if most >= LEAST_GROUP[device, shape.item_bytes < _WIDE] else 0.0
 
 
 def kept_share(shape: Shape, work: Work) -> float:

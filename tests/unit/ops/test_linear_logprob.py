@@ -371,7 +371,7 @@ GROUP_OF_FOUR = 4 * V * 4  # bytes of the logits of four tokens in fp32
 
 @pytest.fixture
 def any_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LEAST_GROUP, "cpu", 1)
+    monkeypatch.setitem(LEAST_GROUP, ("cpu", False), 1)
 
 
 @pytest.mark.usefixtures("any_group")
@@ -440,8 +440,10 @@ def test_nan_that_arrives_in_place_of_a_known_gradient_is_seen() -> None:
 
 def test_a_known_gradient_is_left_aside_where_few_tokens_fit() -> None:
     hidden, weight, labels = inputs()
-    assert group_of_known(weight, LEAST_GROUP["cpu"] * V * 4) == LEAST_GROUP["cpu"]
-    assert group_of_known(weight, LEAST_GROUP["cpu"] * V * 4 - 1) == 0
+    for each in (weight, weight.bfloat16()):
+        least = LEAST_GROUP["cpu", each.itemsize == 2]
+        assert group_of_known(each, least * V * each.itemsize) == least
+        assert group_of_known(each, least * V * each.itemsize - 1) == 0
     out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=torch.ones(T)).logprob
     (2.0 * out).sum().backward()  # made from what arrives
     expected = gradients(2.0 * linear_logprob(hidden, weight, labels).logprob.sum(), weight)[0]

@@ -34,7 +34,7 @@ def random_half(scope: str) -> dict[str, object]:
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """For every call of the head that trains: how many tokens it was told to have a gradient; None where it was not told."""
-    monkeypatch.setitem(LEAST_GROUP, "cpu", 1)
+    monkeypatch.setitem(LEAST_GROUP, ("cpu", False), 1)
     told: list[float | None] = []
     head = token_stats_gpt.linear_logprob
 
@@ -95,7 +95,7 @@ def test_gradients_at_once_change_nothing(
     objective: dict, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against a head that makes them in the backward pass, after two steps."""
-    monkeypatch.setitem(LEAST_GROUP, "cpu", 1)
+    monkeypatch.setitem(LEAST_GROUP, ("cpu", False), 1)
     runs = [
         tiny_run(tmp_path / str(keep), cpu_runtime, seed=1, objective=objective, **{"train.head_keep_mib": keep})
         for keep in (0, 1)
