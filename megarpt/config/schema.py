@@ -197,9 +197,9 @@ class ObjectiveConfig(Section):
     """top_fraction only: the share of valid tokens that is kept."""
     scope: Literal["sequence", "microbatch", "rank", "global_batch", "lagged_global_batch"] = "global_batch"
     """top_fraction only: the set within which tokens compete. `rank`: all samples of a step on one data-parallel rank, so it
-    follows the layout. `global_batch`: all of the step. Both are exact and cost a scoring forward pass when there is more than
-    one micro-batch. `lagged_global_batch` costs none: it keeps what reaches the exact threshold of the step before, and is for
-    runs that start from trained weights."""
+    follows the layout. `global_batch`: all of the step. Both are exact; with more than one micro-batch they cost a scoring
+    forward pass where the scorer looks at the student. `lagged_global_batch` costs none: it keeps what reaches the exact
+    threshold of the step before, and is for runs that start from trained weights."""
     second: SecondSetConfig | None = None
     """top_fraction only: another set of tokens, chosen in the same scope by another scorer, to combine with the first."""
     combine: Literal["intersection", "union"] = "intersection"
@@ -221,8 +221,9 @@ class TrainConfig(Section):
     head_chunk_tokens: NonNegative = 0
     """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
     head_keep_mib: NonNegative | None = None
-    """MiB of logits of each micro-batch held from forward to backward; the others are computed again. 0 holds none; null holds
-    128, or as many as stream.memory_budget_gb leaves room for."""
+    """MiB of logits that may be held at a time. Where the objective decides what tokens are worth only after the forward pass,
+    they are held for the backward pass and the others computed again; otherwise the gradients are made in the forward pass, of
+    as many tokens at a time as fit. 0 holds none; null holds 128, or as many as stream.memory_budget_gb leaves room for."""
 
 
 class ParallelConfig(Section):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megarpt.ops import reference
-from megarpt.ops.linear_logprob import linear_logprob
+from megarpt.ops.linear_logprob import LEAST_GROUP, linear_logprob
 from megarpt.testing.oracle import assert_within_twice
 
 
@@ -25,16 +25,23 @@ def evaluate(function, hidden: Tensor, weight: Tensor, labels: Tensor, upstream:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("entropy", [False, True])
-@pytest.mark.parametrize("mode", [{}, {"chunk_tokens": 64, "keep_bytes": 0}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    ("mode", "entropy"), [("kept", False), ("kept", True), ("recomputed", False), ("recomputed", True), ("known", False)]
+)
 @pytest.mark.parametrize("shape", [(1, 64, 7), (130, 256, 1009), (300, 512, 20001)])
-def test_error_is_at_most_twice_plain_torchs(cuda, extension, shape, mode, entropy, dtype):
+def test_error_is_at_most_twice_plain_torchs(cuda, extension, shape, mode, entropy, dtype, monkeypatch):
     t, h, v = shape
+    monkeypatch.setitem(LEAST_GROUP, ("cuda", dtype.itemsize < 4), 1)
     generator = torch.Generator(cuda).manual_seed(v)
     hidden = torch.randn(t, h, generator=generator, device=cuda).to(dtype)
     labels = torch.randint(0, v, (t,), generator=generator, device=cuda)
     upstream = torch.randn(2, t, generator=generator, device=cuda, dtype=torch.float64)
     upstream *= torch.rand(t, generator=generator, device=cuda) < 0.6
+    options = {
+        "kept": {"keep_bytes": 2**30},
+        "recomputed": {"chunk_tokens": 64},
+        "known": {"keep_bytes": 128 * v * 4, "known_gradient": upstream[0].float()},  # groups of at most 128 tokens
+    }[mode]
     for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):  # ordinary and very peaked distributions
         weight = (scale * torch.randn(v, h, generator=generator, device=cuda) / h**0.5).to(dtype)
 
@@ -42,7 +49,7 @@ def test_error_is_at_most_twice_plain_torchs(cuda, extension, shape, mode, entro
             return reference.linear_logprob(x, w, y, temperature)
 
         def ours(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
-            return linear_logprob(x, w, y, temperature=temperature, entropy=entropy, **mode)
+            return linear_logprob(x, w, y, temperature=temperature, entropy=entropy, **options)
 
         oracle = evaluate(plain, hidden.double(), weight.double(), labels, upstream, entropy)
         plains = evaluate(plain, hidden, weight, labels, upstream, entropy)
