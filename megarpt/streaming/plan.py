@@ -71,7 +71,7 @@ class Cost:
     layers: float  # forward and backward, the attention included
     attention: float  # of those
     recomputation: float  # of layers
-    key_value_projection: float  # once more, because a chunk sees the keys of all tokens
+    key_value_projection: float  # once more, because a chunk sees the keys of all tokens; queries are projected along with them
     head: float
     head_recomputation: float  # of logits that were not kept
 
@@ -214,7 +214,7 @@ class Situation:
                 products += stage.expert_layers * h * (shape.fc1(width) + width + shape.experts.total)
             forward += 2.0 * products
             scores += stage.layers * attention
-            key_value += stage.layers * 2.0 * h * 2 * shape.k
+            key_value += stage.layers * 2.0 * h * shape.qkv
         head, share = 2.0 * h * shape.vocab, self.trained_share
         # Under context parallelism keys are made before the forward pass too, and differentiated in a walk of their own.
         walks = 0.0 if way != "streamed" else 1.0 if shape.cp == 1 else 5.0

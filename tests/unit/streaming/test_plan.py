@@ -402,7 +402,7 @@ def test_what_recomputation_costs() -> None:
     forward = (plain.layers - plain.attention) / 3.0 + plain.attention / 3.5
     assert recomputed.recomputation == pytest.approx(forward)
     shape = situation.shape
-    assert streamed.key_value_projection == 4 * 2.0 * shape.hidden * 2 * shape.k  # four layers
+    assert streamed.key_value_projection == 4 * 2.0 * shape.hidden * shape.qkv  # four layers
     assert streamed.total == recomputed.total + streamed.key_value_projection
     assert plain.head_recomputation == pytest.approx(plain.head / 3.0)
     kept = replace(situation, keep_bytes=2**60).cost("plain")
