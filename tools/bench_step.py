@@ -236,7 +236,7 @@ def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[di
 
 def compare_selection_cost(groups: ProcessGroups, precision: str, steps: int) -> list[dict[str, float | str]]:
     """Selection with a sidecar and with an online reference against ordinary language modeling, step by step."""
-    rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION)
+    rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION, scope="sequence")
     runs: dict[tuple[str, str], Callable[[TokenBatch], object]] = {}
     for keep_mib in (0, 128, 1024):
         (plain, _, weights) = train_step(groups, precision, ObjectiveConfig(), vocab=LARGE_VOCAB, keep_mib=keep_mib)

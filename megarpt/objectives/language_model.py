@@ -63,6 +63,11 @@ class WeightedLanguageModel:
         return self.weighting.spans_micro_batches
 
     @property
+    def decides_by_sample(self) -> bool:
+        """Whether the weights of a sample follow, in this step, from the statistics of that sample alone."""
+        return self.weighting.decides_by_sample
+
+    @property
     def learns_from_steps(self) -> bool:
         """Whether `settle` is to be called after every step."""
         return self.weighting.learns_from_steps

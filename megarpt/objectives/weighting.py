@@ -37,6 +37,7 @@ class TokenWeighting(ABC):
     num_scorers: int = 1  # how many rankings it chooses by
     selects: bool = True  # False when every valid token counts alike
     spans_micro_batches: bool = False  # True when no weight is known before the scores of all micro-batches of a step are
+    decides_by_sample: bool = False  # True when a sample's weights follow from its own scores
     learns_from_steps: bool = False  # True when `settle` is to be called after every step
 
     @abstractmethod
@@ -93,6 +94,7 @@ class TopFraction(TokenWeighting):
         self.fraction = fraction
         self.scope = scope
         self.spans_micro_batches = scope in ("rank", "global_batch")
+        self.decides_by_sample = scope == "sequence"
         self.threshold: float | Tensor | None = None  # of the last step; global_batch only, where it is the same on all ranks
 
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
@@ -158,6 +160,10 @@ class LaggedTopFraction(TokenWeighting):
         self._within_micro_batch = TopFraction(fraction, "microbatch")
         self._exact = TopFraction(fraction, "global_batch")
 
+    @property
+    def decides_by_sample(self) -> bool:  # type: ignore[override]
+        return self.threshold is not None
+
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         if self.threshold is None:
             return self._within_micro_batch(scores, batches, None)
@@ -205,6 +211,10 @@ class Combination(TokenWeighting):
         self.combine = {"intersection": torch.minimum, "union": torch.maximum}[combine]
         self.spans_micro_batches = first.spans_micro_batches
         self.learns_from_steps = first.learns_from_steps
+
+    @property
+    def decides_by_sample(self) -> bool:  # type: ignore[override]
+        return self.first.decides_by_sample and self.second.decides_by_sample
 
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         return self._combined(self.first(scores[:1], batches, group), self.second(scores[1:], batches, group))

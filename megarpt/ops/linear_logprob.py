@@ -14,6 +14,8 @@ Dims: t tokens, h hidden, v vocabulary rows on this rank (v_tp).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,19 @@ class VocabShard(NamedTuple):
 _WHOLE = VocabShard()
 
 
+@dataclass(frozen=True, slots=True)
+class GradientRule:
+    """The upstream gradient of `logprob` as a function of results.
+
+    Attributes:
+        of: (which tokens, their results) -> their gradients; shapes [n] each.
+        unit: tokens are shown in multiples of this many, counted from the first.
+    """
+
+    of: Callable[[slice, TokenStats], Tensor]
+    unit: int
+
+
 class _Options(NamedTuple):
     temperature: float
     entropy: bool
@@ -67,7 +82,7 @@ def linear_logprob(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     accumulate_into: Tensor | None = None,
-    known_gradient: Tensor | None = None,
+    known_gradient: Tensor | GradientRule | None = None,
 ) -> TokenStats:
     """Log-probability of every label under softmax(hidden @ weight.T / temperature), and optionally the entropy.
 
@@ -87,11 +102,11 @@ def linear_logprob(
         accumulate_into: a buffer of the weight's shape to which its gradient is added in place of being returned, such as
             megatron-core's fp32 `main_grad`; `weight.grad_added_to_main_grad` is then set as its
             gradient_accumulation_fusion does.
-        known_gradient: the upstream gradient of `logprob`, where it does not depend on the results. Both gradients are then
-            made in the forward pass, of as many tokens at a time as have their logits in `keep_bytes` (of at least
-            `LEAST_GROUP`; where fewer fit it is not made use of). A backward pass has to follow and to bring this very
-            gradient, or it raises (on an accelerator as a device-side assertion); where NaN arrives, so it is. The entropy is
-            not differentiable.
+        known_gradient: the upstream gradient of `logprob` where it does not depend on the results, or the rule by which that of
+            some tokens follows from their own. Both gradients are then made in the forward pass, of as many tokens at a time as
+            have their logits in `keep_bytes` (of at least `LEAST_GROUP` and one unit of a rule; where fewer fit it is not made
+            use of). A backward pass has to follow and to bring this very gradient, or it raises (on an accelerator as a
+            device-side assertion); where NaN arrives, so it is. The entropy is not differentiable.
 
     Shapes: hidden [t, h], weight [v, h], labels, known_gradient [t], labels int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
@@ -120,21 +135,20 @@ def linear_logprob(
     options = options._replace(entropy=entropy, main_grad=accumulate_into)
     if known_gradient is None:
         return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
-    if known_gradient.shape != labels.shape or known_gradient.device != labels.device:
+    if isinstance(known_gradient, Tensor) and (known_gradient.shape != labels.shape or known_gradient.device != labels.device):
         raise ShapeError(
             f"linear_logprob: got known_gradient {tuple(known_gradient.shape)} on {known_gradient.device}; expected "
             f"{tuple(labels.shape)} on {labels.device}, a number for every label."
         )
-    group = group_of_known(weight, keep_bytes) if differentiable else 0
+    group = group_of_known(weight, keep_bytes, _unit(known_gradient)) if differentiable else 0
     if not group:
         return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
-    known = known_gradient.detach().to(wide_dtype(hidden.dtype))
-    return TokenStats(*_KnownLogprob.apply(hidden, weight, labels, known, options, group, chunk_tokens))
+    return TokenStats(*_KnownLogprob.apply(hidden, weight, labels, known_gradient, options, group, chunk_tokens))
 
 
-def group_of_known(weight: Tensor, keep_bytes: int) -> int:
-    """How many tokens' gradients are made at a time where they are known; 0 where that does not pay."""
-    rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize)
+def group_of_known(weight: Tensor, keep_bytes: int, unit: int = 1) -> int:
+    """How many tokens' gradients are made at a time where they are known, a multiple of `unit`; 0 where that does not pay."""
+    rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize) // unit * unit
     kind = "cpu" if weight.device.type == "cpu" else "cuda"
     return rows if rows >= LEAST_GROUP[kind, weight.dtype.itemsize < 4] else 0
 
@@ -351,7 +365,7 @@ class _KnownLogprob(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        known: Tensor,
+        known: Tensor | GradientRule,
         options: _Options,
         group: int,
         chunk_tokens: int | None,
@@ -361,23 +375,25 @@ class _KnownLogprob(torch.autograd.Function):
         if total is None and needs[1]:
             total = weight.new_zeros(weight.shape, dtype=wide_dtype(weight.dtype))
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        logprobs, entropies = [], []
-        for span in spans(hidden.shape[0], group):
+        logprobs, entropies, promised = [], [], []
+        for span in _groups(hidden.shape[0], group, known):
             rows, itemsize = span.stop - span.start, tile_dtype(hidden.dtype, hidden.device).itemsize
             all_logits = rows * options.num_valid * itemsize
             plan = plan_tiles(rows, options.num_valid, hidden.dtype, hidden.device, chunk_tokens, all_logits)
             of_group = options._replace(plan=plan, main_grad=total)
             results = _results(hidden[span], weight, labels[span], of_group)
-            own = _gradients(results, known[span], None, needs, of_group)[0]
+            upstream = _known_of(known, span, results)
+            own = _gradients(results, upstream, None, needs, of_group)[0]
             if grad_hidden is not None:
                 grad_hidden[span] = own
+            promised.append(upstream)
             logprobs.append(results.logprob)
             entropies.append(results.entropy)
             del results, own  # before the logits of the next group are made
         grad_weight = None
         if options.main_grad is None and total is not None:
             grad_weight = total.to(weight.dtype)
-        ctx.save_for_backward(known, grad_hidden, grad_weight)
+        ctx.save_for_backward(torch.cat(promised), grad_hidden, grad_weight)
         ctx.parameter = weight if options.main_grad is not None else None
         entropy = torch.cat(entropies) if options.entropy else None  # type: ignore[arg-type]
         if entropy is not None:
@@ -386,11 +402,11 @@ class _KnownLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        known, grad_hidden, grad_weight = ctx.saved_tensors
+        promised, grad_hidden, grad_weight = ctx.saved_tensors
         _refuse_second_derivatives()
         broken = grad_logprob.isnan()  # of a loss that is no number, which has to be seen
         torch._assert_async(
-            ((grad_logprob == known) | broken).all(),
+            ((grad_logprob == promised) | broken).all(),
             "linear_logprob: the gradient of logprob that backward was given is not the known_gradient that forward was given, "
             "so the weight's gradient is wrong; expected the same numbers. Leave known_gradient out where a loss is scaled "
             "or masked after the call.",
@@ -400,6 +416,30 @@ class _KnownLogprob(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden.masked_fill(broken[:, None], torch.nan)
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _known_of(known: Tensor | GradientRule, tokens: slice, results: _Results) -> Tensor:
+    """The upstream gradient of a group's log-probabilities."""
+    if isinstance(known, Tensor):
+        return known[tokens].detach().to(results.logprob.dtype)
+    found = known.of(tokens, TokenStats(results.logprob, results.entropy))
+    if found.shape != results.logprob.shape:
+        raise ShapeError(
+            f"linear_logprob: the rule known_gradient gave {tuple(found.shape)} for {tuple(results.logprob.shape)} tokens; "
+            "expected a number for every one."
+        )
+    return found.detach().to(results.logprob.dtype)
+
+
+def _unit(known: Tensor | GradientRule) -> int:
+    return known.unit if isinstance(known, GradientRule) else 1
+
+
+def _groups(num_tokens: int, group: int, known: Tensor | GradientRule) -> list[slice]:
+    """Of about equal size, and of whole units."""
+    unit = _unit(known)
+    whole = spans(-(-num_tokens // unit), group // unit)
+    return [slice(each.start * unit, min(each.stop * unit, num_tokens)) for each in whole]
 
 
 def _weight_result(weight: Tensor, parameter: Tensor | None, grad: Tensor, options: _Options) -> Tensor | None:

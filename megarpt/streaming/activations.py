@@ -78,7 +78,7 @@ class Work:
     keep_bytes: int  # of logits
     head_chunk_tokens: int
     num_microbatches: int
-    knows_weights: bool  # of the tokens, before the model has seen them
+    weight_unit: int  # tokens whose weights follow from themselves; 1: known before; 0: known only when all are there
 
     @property
     def num_tokens(self) -> int:
@@ -543,14 +543,16 @@ def tile_of(shape: Shape, work: Work) -> tuple[int, int, int, int]:
     return rows, columns, kept if kept == shape.vocab else kept - kept % columns, logit
 
 
-def group_of(shape: Shape, work: Work) -> float:
+def group_of(shape: Shape, work: Work) -> int:
     """Tokens whose logits exist at a time where the head makes its gradients at once, as ops/linear_logprob.py decides; 0 where
     it does not."""
-    if not work.knows_weights:
-        return 0.0
-    tokens, device = work.num_tokens // shape.cp, "cpu" if shape.on_cpu else "cuda"
-    most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3])
-    return tokens / -(-tokens // most) if most >= LEAST_GROUP[device, shape.item_bytes < _WIDE] else 0.0
+    unit, device = work.weight_unit, "cpu" if shape.on_cpu else "cuda"
+    if not unit:
+        return 0
+    units = work.num_tokens // shape.cp // unit
+    most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3]) // unit
+    enough = most * unit >= LEAST_GROUP[device, shape.item_bytes < _WIDE]
+    return unit * -(-units // -(-units // most)) if enough else 0
 
 
 def kept_share(shape: Shape, work: Work) -> float:

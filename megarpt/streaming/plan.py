@@ -92,7 +92,7 @@ class Situation:
     keep_bytes: int = DEFAULT_HEAD_KEEP_MIB * 2**20
     head_chunk_tokens: int = 0
     trained_share: float = 1.0  # of the tokens
-    knows_weights: bool = False  # of all tokens, before the model has seen them
+    weight_unit: int = 0  # tokens whose weights follow from themselves; 1: known before; 0: known only when all are there
 
     @classmethod
     def of(cls, cfg: PretrainConfig, *, vocab_size: int, on_cpu: bool, world_size: int | None = None) -> Situation:
@@ -105,7 +105,9 @@ class Situation:
         keep_mib = DEFAULT_HEAD_KEEP_MIB if cfg.train.head_keep_mib is None else cfg.train.head_keep_mib
         micro, objective = cfg.batch.micro_batch_size, cfg.objective
         num_microbatches = max(1, cfg.batch.global_batch_size // (micro * shape.dp))
-        scored_before = objective.scope in ("rank", "global_batch") and num_microbatches > 1
+        weight_unit = cfg.data.seq_length if objective.scope == "sequence" and shape.cp == 1 else 0
+        if not ranks_by_student(objective) or (objective.scope in ("rank", "global_batch") and num_microbatches > 1):
+            weight_unit = 1
         return cls(
             shape=shape,
             seq_length=cfg.data.seq_length,
@@ -115,7 +117,7 @@ class Situation:
             keep_bytes=keep_mib * 2**20,
             head_chunk_tokens=cfg.train.head_chunk_tokens,
             trained_share=objective.fraction if objective.weighting == "top_fraction" else 1.0,
-            knows_weights=scored_before or not ranks_by_student(objective),
+            weight_unit=weight_unit,
         )
 
     @property
@@ -124,6 +126,8 @@ class Situation:
         return self.seq_length * self.micro_batch_size // self.shape.cp
 
     def work(self, way: Way) -> Work:
+        # Where chunks are dealt out among ranks, the head does not see samples in their order.
+        is_dealt = way == "streamed" and self.shape.is_sequence_parallel
         return Work(
             way=way,
             seq_length=self.seq_length,
@@ -132,7 +136,7 @@ class Situation:
             keep_bytes=self.keep_bytes,
             head_chunk_tokens=self.head_chunk_tokens,
             num_microbatches=self.num_microbatches,
-            knows_weights=self.knows_weights,
+            weight_unit=0 if is_dealt and self.weight_unit > 1 else self.weight_unit,
         )
 
     def memory(self, way: Way) -> Memory:

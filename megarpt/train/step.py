@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megarpt.model.experts import take_balance_losses
-from megarpt.model.forward import head_output, run_schedule, token_stats
+from megarpt.model.forward import WeightOfSamples, head_output, run_schedule, token_stats
 from megarpt.model.token_stats_gpt import HeadMode
 from megarpt.objectives.base import Metric, ObjectiveOutput
 from megarpt.objectives.language_model import WeightedLanguageModel
@@ -152,7 +152,8 @@ class TrainStep:
         """megatron-core's contract: (output, loss function of it)."""
         batch, given = next(work)
         mode = HeadMode.LOGPROB_ENTROPY if self.objective.needs_entropy else HeadMode.LOGPROB
-        head = head_output(model, batch, mode, None if given is None else given.weight)
+        weight = self._weight_of_samples(batch, progress) if given is None else given.weight
+        head = head_output(model, batch, mode, weight)
         if isinstance(head, Tensor):
             return head, None  # hidden states, for the next stage
         stats = TokenStats(*head)
@@ -171,6 +172,18 @@ class TrainStep:
             return out.loss_sum, counted, {}
 
         return stats.logprob, loss_function
+
+    def _weight_of_samples(self, batch: TokenBatch, progress: Progress) -> WeightOfSamples | None:
+        """How the weights follow from statistics, where the head can make its gradients sample by sample. The objective then
+        chooses once more, from the same numbers."""
+        if not self.objective.decides_by_sample:
+            return None
+
+        def weight(which: slice, stats: TokenStats) -> Tensor:
+            (chosen,) = self.objective.select([stats], [batch.samples(which)], progress, None)
+            return chosen.weight
+
+        return weight
 
     def _update(self, tokens_seen: int, settled: Mapping[str, Metric], metrics: Mapping[str, float]) -> StepReport:
         """Clip and step, unless anything is not finite or the guard holds it back.

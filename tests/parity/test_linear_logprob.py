@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.ops import _ext, head_tiles, reference
-from megarpt.ops.linear_logprob import LEAST_GROUP, VocabShard, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule, VocabShard, linear_logprob, linear_top1
 from megarpt.testing.distributed import spawn
 from megarpt.testing.oracle import assert_within_twice
 
@@ -168,11 +168,15 @@ def check_rank(compiled: bool) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     head_tiles.TILE_COLUMNS["cpu"], head_tiles.TILE_BYTES["cpu"] = 7, 7 * 8 * 4
     LEAST_GROUP["cpu", False] = 1
-    cases = itertools.product((29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}, KNOWN), (1.0, 0.6))
+    cases = itertools.product(
+        (29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}, "known", "rule"), (1.0, 0.6)
+    )
     for v, entropy, mode, temperature in cases:
         hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
-        if mode is KNOWN:
-            mode, entropy = {"keep_bytes": 5 * 16 * 8, "known_gradient": upstream[0]}, False  # five tokens of a rank's part
+        if isinstance(mode, str):
+            of_tokens = GradientRule(lambda tokens, stats, upstream=upstream[0]: upstream[tokens], unit=2)
+            known = {"known": upstream[0], "rule": of_tokens}[mode]
+            mode, entropy = {"keep_bytes": 5 * 16 * 8, "known_gradient": known}, False  # five tokens of a rank's part
         labels[3] = -100
         rows = 16
         padded = torch.cat([weight, torch.full((rows * world - v, weight.shape[1]), 3.0, dtype=weight.dtype)])

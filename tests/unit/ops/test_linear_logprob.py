@@ -9,7 +9,8 @@ from torch import Tensor
 from megarpt.errors import ShapeError
 from megarpt.ops import _ext, head_tiles, reference
 from megarpt.ops.head_tiles import TILE_BYTES, TILE_COLUMNS, TilePlan, plan_tiles, spans
-from megarpt.ops.linear_logprob import LEAST_GROUP, group_of_known, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule, group_of_known, linear_logprob, linear_top1
+from megarpt.structs import TokenStats
 from megarpt.testing.memory import peak_bytes
 
 T, H, V = 11, 6, 17
@@ -394,6 +395,64 @@ def test_a_known_gradient_gives_the_same(t: int, options: dict) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, its)
+
+
+@pytest.mark.usefixtures("any_group")
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("t", [0, 3, 9, 12])
+@pytest.mark.parametrize("unit", [1, 3])
+def test_a_rule_sees_whole_units_and_gives_the_same(unit: int, t: int, entropy: bool) -> None:
+    hidden, weight, labels = inputs(t)
+    shown: list[slice] = []
+
+    def likelier_half(tokens: slice, stats: TokenStats) -> Tensor:
+        shown.append(tokens)
+        rows = stats.logprob.view(-1, unit)
+        return (rows >= rows.median(dim=1, keepdim=True).values).float().flatten()
+
+    rule = GradientRule(likelier_half, unit)
+    actual = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule, entropy=entropy)
+    assert [i for tokens in shown for i in range(tokens.start, tokens.stop)] == list(range(t))
+    assert all(tokens.start % unit == tokens.stop % unit == 0 and tokens.stop - tokens.start <= 4 for tokens in shown)
+    expected = linear_logprob(hidden, weight, labels, entropy=entropy)
+    if entropy:
+        torch.testing.assert_close(actual.entropy, expected.entropy)
+    gradient = likelier_half(slice(0, t), expected)
+    for ours, its in zip(
+        gradients((actual.logprob * gradient).sum(), hidden, weight),
+        gradients((expected.logprob * gradient).sum(), hidden, weight),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, its)
+
+
+@pytest.mark.usefixtures("any_group")
+def test_another_gradient_than_the_rules_is_noticed() -> None:
+    hidden, weight, labels = inputs()
+    rule = GradientRule(lambda tokens, stats: torch.ones_like(stats.logprob), 1)
+    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule).logprob
+    with pytest.raises(RuntimeError, match="not the known_gradient that forward was given"):
+        (out * torch.arange(T)).sum().backward()
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_rule_must_give_a_number_for_every_token() -> None:
+    hidden, weight, labels = inputs()
+    rule = GradientRule(lambda tokens, stats: torch.ones(1), 1)
+    with pytest.raises(ShapeError, match="a number for every one"):
+        linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule)
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_rule_is_left_aside_where_no_unit_fits() -> None:
+    hidden, weight, labels = inputs()
+
+    def unasked(tokens: slice, stats: TokenStats) -> Tensor:
+        raise AssertionError
+
+    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=GradientRule(unasked, 5)).logprob
+    expected = gradients(linear_logprob(hidden, weight, labels).logprob.sum(), weight)[0]
+    torch.testing.assert_close(gradients(out.sum(), weight)[0], expected)
 
 
 @pytest.mark.usefixtures("any_group")

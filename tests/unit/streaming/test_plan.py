@@ -40,7 +40,8 @@ SHAPE = {"num_layers": 3, "hidden_size": 128, "num_attention_heads": 4, "num_que
 GPT2 = {"model.preset": "gpt2-124m", "model.gpt": {"max_sequence_length": 2048}}
 MHA = {"num_query_groups": 4}
 BF16 = {"train.precision": "bf16"}
-SELECTS = {"objective": {"scorer": "loss", "weighting": "top_fraction", "scope": "sequence"}}
+SELECTS = {"objective": {"scorer": "loss", "weighting": "top_fraction", "scope": "microbatch"}}
+BY_SAMPLE = {"objective": {"scorer": "loss", "weighting": "top_fraction", "scope": "sequence"}}
 TIED = {"model.gpt": {"share_embeddings_and_output_weights": True}}
 LONG = {"data.seq_length": 2048, "stream.chunk_tokens": 256}
 # Queries wider than the hidden state, a narrow feed-forward layer: the peak is in attention.
@@ -80,6 +81,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name -> (model.mc
     "all-gradients-at-once": ({}, {"train.head_keep_mib": 64}),
     "gradients-in-groups": ({}, {"train.head_keep_mib": 8, "model.vocab_size": 8192}),
     "gradients-in-groups-bf16": ({}, {"train.head_keep_mib": 4, "data.seq_length": 4096, "model.vocab_size": 1024, **BF16}),
+    "gradients-by-sample": ({}, {"data.seq_length": 512, "batch.micro_batch_size": 4, "train.head_keep_mib": 9, **BY_SAMPLE}),
+    "no-sample-fits": ({}, {"train.head_keep_mib": 6, **BY_SAMPLE}),
     "rows-of-logits-bounded": ({}, {"train.head_chunk_tokens": 200}),
     "experts": (EXPERTS, MOE),
     "experts-bf16": (EXPERTS, MOE | BF16),
@@ -121,7 +124,8 @@ def measured(cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups,
     chunks = build_model(cfg, layout, groups, started, vocab_size=cfg.model.vocab_size)
     s, b = cfg.data.seq_length, cfg.batch.micro_batch_size
     work: list[tuple[TokenBatch, None]] = [(random_batch(b, s, cfg.model.vocab_size, seed), None) for seed in range(count)]
-    weight = torch.ones(b, s) if planned(cfg, dist.get_world_size()).knows_weights else None
+    unit = planned(cfg, dist.get_world_size()).weight_unit
+    weight = {0: None, 1: torch.ones(b, s)}.get(unit, lambda which, stats: torch.ones_like(stats.logprob))
 
     def step(items: Iterator[Any], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         out = head_output(model, next(items)[0], HeadMode.LOGPROB, weight)

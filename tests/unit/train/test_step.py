@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 
 from megarpt.device.runtime import Runtime
 from megarpt.model import forward, token_stats_gpt
-from megarpt.ops.linear_logprob import LEAST_GROUP
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule
+from megarpt.structs import TokenStats
 from megarpt.testing.batches import random_batch
 from megarpt.testing.tiny_run import VOCAB, B, S, TinyRun, tiny_run
 from megarpt.train import step
@@ -33,14 +36,22 @@ def random_half(scope: str) -> dict[str, object]:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
-    """For every call of the head that trains: how many tokens it was told to have a gradient; None where it was not told."""
+    """For every call of the head that trains: how many tokens it was told, or found by a rule, to have a gradient; None where
+    it was told nothing."""
     monkeypatch.setitem(LEAST_GROUP, ("cpu", False), 1)
     told: list[float | None] = []
     head = token_stats_gpt.linear_logprob
 
-    def spy(*args, known_gradient: torch.Tensor | None, **kwargs):
+    def counting(rule: GradientRule, call: int, tokens: slice, stats: TokenStats) -> torch.Tensor:
+        gradient = rule.of(tokens, stats)
+        told[call] = (told[call] or 0.0) - gradient.sum().item()
+        return gradient
+
+    def spy(*args, known_gradient: torch.Tensor | GradientRule | None, **kwargs):
         if torch.is_grad_enabled():
-            told.append(None if known_gradient is None else -known_gradient.sum().item())
+            told.append(-known_gradient.sum().item() if isinstance(known_gradient, torch.Tensor) else None)
+        if isinstance(known_gradient, GradientRule):
+            known_gradient = replace(known_gradient, of=partial(counting, known_gradient, len(told) - 1))
         return head(*args, known_gradient=known_gradient, **kwargs)
 
     monkeypatch.setattr(token_stats_gpt, "linear_logprob", spy)
@@ -71,7 +82,9 @@ def two_micro_batches(run: TinyRun) -> float:
         (random_half("sequence"), [], B * S),
         (random_half("global_batch"), [], B * S),
         (random_half("global_batch") | {"scorer": "loss"}, [2], B * S),
-        (random_half("sequence") | {"scorer": "loss"}, [], None),
+        (random_half("sequence") | {"scorer": "loss"}, [], B * S),
+        (random_half("microbatch") | {"scorer": "loss"}, [], None),
+        (LAGGED, [], None),
     ],
 )
 def test_the_head_is_told_the_weights_where_they_are_known(
@@ -90,7 +103,32 @@ def test_the_head_is_told_the_weights_where_they_are_known(
     assert len(given) == 2 and (given == [None, None] if tokens is None else sum(given) == tokens)
 
 
-@pytest.mark.parametrize("objective", [{}, random_half("global_batch")])
+def test_a_lagged_threshold_is_a_rule_once_it_is_there(given: list[float | None], cpu_runtime: Runtime, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, cpu_runtime, seed=1, objective=LAGGED)
+    two_micro_batches(run)
+    assert given == [None, None]
+    kept = run.step([random_batch(B, S, VOCAB, seed=seed) for seed in (3, 4)], run.state.progress).num_tokens
+    assert 0 < kept == sum(told for told in given[2:] if told is not None)
+
+
+@pytest.mark.parametrize("keep_mib", [0, 1])
+def test_a_rule_is_left_aside_where_no_sample_fits(
+    keep_mib: int, given: list[float | None], cpu_runtime: Runtime, tmp_path: Path
+) -> None:
+    objective = random_half("sequence") | {"scorer": "loss"}
+    run = tiny_run(tmp_path, cpu_runtime, seed=1, objective=objective, **{"train.head_keep_mib": keep_mib})
+    two_micro_batches(run)
+    assert given == ([B * S / 2.0] * 2 if keep_mib else [None] * 2)
+
+
+TWO_SETS = {**random_half("sequence"), "scorer": "loss", "second": {"scorer": "random", "fraction": 0.7}}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [{}, random_half("global_batch"), random_half("sequence") | {"scorer": "loss"}, TWO_SETS, LAGGED],
+    ids=["all", "known", "by-sample", "two-sets", "lagged"],
+)
 def test_gradients_at_once_change_nothing(
     objective: dict, cpu_runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
