@@ -23,9 +23,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
-from megatron.core.tensor_parallel import checkpoint
+from megatron.core.tensor_parallel import ColumnParallelLinear, checkpoint
 from megatron.core.tensor_parallel.random import _fork_rng, _get_all_rng_states, _set_all_rng_states
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -78,12 +79,19 @@ class StreamedTransformerLayer(TransformerLayer):
         is_last = self.layer_number == self.config.num_layers
         return is_last and not self.draws_random_numbers() and not self.config.sequence_parallel
 
-    def keys_and_values(self, hidden: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of a chunk, as its attention would compute them. Shapes: [n, 1, h] -> [n, 1, ng, hn] each."""
+    def keys_and_values(self, hidden: Tensor, angles: Tensor | None, *, alone: bool = False) -> tuple[Tensor, Tensor]:
+        """Of a chunk, as its attention would compute them. Shapes: [n, 1, h] -> [n, 1, ng, hn] each.
+
+        `alone` leaves the queries out where that can be, which is without gradients, and where the projection's weights have
+        been called for by a forward pass: it bypasses the module and so its hooks.
+        """
         attention, config = self.self_attention, self.config
-        _, key, value, *_ = attention.get_query_key_value_tensors(
-            self.input_layernorm(hidden), output_gate=config.attention_output_gate
-        )
+        normalized = self.input_layernorm(hidden)
+        if alone and self._can_leave_queries_out():
+            key, value = self._project_keys_and_values(normalized)
+        else:
+            output_gate = config.attention_output_gate
+            _, key, value, *_ = attention.get_query_key_value_tensors(normalized, output_gate=output_gate)
         if angles is not None and not (config.no_rope_freq and config.no_rope_freq[self.layer_number - 1]):
             scale = _yarn_get_concentration_factor_from_config(config)
             key = apply_rotary_pos_emb(key, angles, config=config, mscale=scale, cp_group=self.pg_collection.cp)
@@ -97,6 +105,25 @@ class StreamedTransformerLayer(TransformerLayer):
     def run_mlp(self, hidden: Tensor) -> Tensor:
         """The second half, where it is streamed."""
         return hidden if self.is_moe_layer else self._forward_mlp(hidden)
+
+    def _can_leave_queries_out(self) -> bool:
+        """megatron-core's plain projection, whole groups of heads on this rank, and its input already there."""
+        attention = self.self_attention
+        is_plain = type(attention.linear_qkv) is ColumnParallelLinear
+        return is_plain and not self.config.sequence_parallel and self.config.num_query_groups >= attention.world_size
+
+    def _project_keys_and_values(self, normalized: Tensor) -> tuple[Tensor, Tensor]:
+        attention = self.self_attention
+        linear, groups = attention.linear_qkv, attention.num_query_groups_per_partition
+        size = attention.hidden_size_per_attention_head
+
+        def last_two(rows: Tensor) -> Tensor:  # heads of each group, whose others are queries
+            return rows.unflatten(0, (groups, -1, size))[:, -2:].flatten(0, 2)
+
+        bias = None if linear.bias is None else last_two(linear.bias)
+        both = F.linear(normalized.flatten(0, 1), last_two(linear.weight), bias).view(*normalized.shape[:2], groups, 2, size)
+        key, value = both.unbind(-2)
+        return (key if attention.k_layernorm is None else attention.k_layernorm(key)), value
 
     def _streamed_parameters(self) -> Sequence[Parameter]:
         experts = set(map(id, (*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()))) if self.is_moe_layer else set()
@@ -124,11 +151,11 @@ class _Work(NamedTuple):
     def attention(self, hidden: Tensor, chunk: Chunk, keys: KeyValues) -> Tensor:
         return self.layer.run_attention(hidden, self.angles_of(chunk), self.of_chunk(chunk, keys))
 
-    def keys(self, hidden: Tensor) -> KeyValues:
-        """Of all tokens."""
+    def keys(self, hidden: Tensor, *, alone: bool = False) -> KeyValues:
+        """Of all tokens; `alone` as in `keys_and_values`."""
         store = KeyValues(self.num_tokens)
         for chunk in self.packed.chunks:
-            store.put(chunk.tokens, *self.layer.keys_and_values(hidden[chunk.rows], self.angles_of(chunk)))
+            store.put(chunk.tokens, *self.layer.keys_and_values(hidden[chunk.rows], self.angles_of(chunk), alone=alone))
         store.complete(self.layer.pg_collection.cp)
         return store
 
@@ -153,7 +180,7 @@ class _Streamed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         work: _Work = ctx.work
-        keys = work.keys(hidden)
+        keys = work.keys(hidden, alone=True)
         hidden_grad = torch.empty_like(hidden)
         with ParameterGradients(ctx.parameters) as gradients, _fork_rng():
             for number in reversed(range(len(work.packed.chunks))):

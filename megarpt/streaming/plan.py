@@ -71,7 +71,7 @@ class Cost:
     layers: float  # forward and backward, the attention included
     attention: float  # of those
     recomputation: float  # of layers
-    key_value_projection: float  # once more, because a chunk sees the keys of all tokens; queries are projected along with them
+    key_value_projection: float  # once more, because a chunk sees the keys of all tokens
     head: float
     head_recomputation: float  # of logits that were not kept
 
@@ -210,6 +210,9 @@ class Situation:
         shape = self.shape
         h, attention = shape.hidden, 2.0 * self.seq_length * shape.q
         forward, scores, key_value = 0.0, 0.0, 0.0
+        # megatron-core's own projection can leave the queries out. Under context parallelism keys are made before the forward
+        # pass too, and differentiated in a walk of their own.
+        again = 2 * shape.k if shape.on_cpu and not shape.is_sequence_parallel else shape.qkv
         for stage in shape.stages:
             products = stage.layers * h * (shape.qkv + shape.q)
             products += stage.dense_layers * h * (shape.fc1(shape.ffn) + shape.ffn)
@@ -218,15 +221,13 @@ class Situation:
                 products += stage.expert_layers * h * (shape.fc1(width) + width + shape.experts.total)
             forward += 2.0 * products
             scores += stage.layers * attention
-            key_value += stage.layers * 2.0 * h * shape.qkv
+            key_value += stage.layers * 2.0 * h * (again if shape.cp == 1 else again + 4 * shape.qkv)
         head, share = 2.0 * h * shape.vocab, self.trained_share
-        # Under context parallelism keys are made before the forward pass too, and differentiated in a walk of their own.
-        walks = 0.0 if way != "streamed" else 1.0 if shape.cp == 1 else 5.0
         return Cost(
             layers=shape.tp * (3.0 * forward + 3.5 * scores),
             attention=shape.tp * 3.5 * scores,
             recomputation=0.0 if way == "plain" else shape.tp * (forward + scores),
-            key_value_projection=shape.tp * walks * key_value,
+            key_value_projection=shape.tp * key_value if way == "streamed" else 0.0,
             head=shape.tp * head * (1.0 + 2.0 * share),
             head_recomputation=shape.tp * head * share * (1.0 - kept_share(shape, self.work(way))),
         )

@@ -118,6 +118,29 @@ def test_every_chunk_and_mask(edges: list[int], chunk_tokens: int) -> None:
     assert largest_difference(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+def test_keys_alone_are_the_keys(block: str) -> None:
+    """Without the projection of queries, which mcore's module makes along with them."""
+    layer = network(16, *BLOCKS[block]).decoder.layers[1]
+    hidden = torch.randn(5, 1, layer.config.hidden_size, dtype=torch.float64)
+    calls = []
+    layer.self_attention.linear_qkv.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        alone, together = (layer.keys_and_values(hidden, None, alone=alone) for alone in (True, False))
+    assert len(calls) == 1
+    for ours, theirs in zip(alone, together, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_projects_queries_once_for_each_chunk() -> None:
+    model = network(37)
+    logprob, _ = head_output(model, batch(), HeadMode.LOGPROB)
+    calls = []
+    model.decoder.layers[0].self_attention.linear_qkv.register_forward_hook(lambda *_: calls.append(1))
+    logprob.sum().backward()
+    assert len(calls) == SAMPLES
+
+
 def test_fp32_differs_by_rounding() -> None:
     _, expected = gradients(network(0, dtype=torch.float32), batch(), upstream())
     _, found = gradients(network(16, dtype=torch.float32), batch(), upstream())
