@@ -16,6 +16,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
 EXTRAS := dev,demo,fast,parquet,hf
+# Tests over the processors, those of a file together.
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo smoke test test-gpu sanitize lint bench setup clean
 .DEFAULT_GOAL := setup
@@ -27,7 +29,7 @@ smoke: $(STAMP)
 	$(PY) examples/demo/run.py --device $(DEVICE) --smoke
 
 test: $(STAMP)
-	$(PY) -m pytest --durations=10 $(ARGS)
+	$(PY) -m pytest --durations=10 $(SPREAD) $(ARGS)
 
 # A copy of the package with an extension of its own, so that the one in the tree stays as it is.
 SANITIZED := build/sanitize
@@ -36,7 +38,7 @@ sanitize: $(STAMP)
 	MEGARPT_SANITIZE=1 MEGARPT_BUILD=cpu $(PY) setup.py -q build --build-base $(SANITIZED)
 	MEGARPT_SANITIZE=1 PYTHONPATH="$$(echo $$PWD/$(SANITIZED)/lib*):$$PWD" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(VENV)/bin/pytest tests/unit/ops tests/parity tests/csrc/test_sanitizer.py $(ARGS)
+	$(VENV)/bin/pytest tests/unit/ops tests/parity tests/csrc/test_sanitizer.py $(SPREAD) $(ARGS)
 
 test-gpu: $(STAMP)
 	@$(PY) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \

@@ -266,7 +266,7 @@ def test_selection_within_a_rank_agrees_where_the_data_parallel_size_does(layout
     check("rank-selection", *LAYOUTS[layout], alone)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2"])
+@pytest.mark.parametrize("layout", ["dp2", "cp2", "pp2", "tp2-sp"])
 def test_selection_by_the_threshold_of_the_step_before_agrees(layout: str, alone: Any) -> None:
     check("lagged-selection", *LAYOUTS[layout], alone)
     expected, _ = alone("lagged-selection")
