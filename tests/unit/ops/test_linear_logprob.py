@@ -385,16 +385,16 @@ def test_a_known_gradient_gives_the_same(t: int, options: dict) -> None:
     known[1::4] = 0.0
     expected = linear_logprob(hidden, weight, labels, **options)
     actual = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=known, **options)
+    assert_same(actual, expected, known, hidden, weight)
+    assert actual.entropy is None or not actual.entropy.requires_grad
+
+
+def assert_same(actual: TokenStats, expected: TokenStats, gradient: Tensor, *of: Tensor) -> None:
+    """Results, and what the gradient of the log-probabilities becomes."""
     torch.testing.assert_close(actual.logprob, expected.logprob)
-    if options.get("entropy"):
-        torch.testing.assert_close(actual.entropy, expected.entropy)
-        assert not actual.entropy.requires_grad
-    for ours, its in zip(
-        gradients((actual.logprob * known).sum(), hidden, weight),
-        gradients((expected.logprob * known).sum(), hidden, weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, its)
+    torch.testing.assert_close(actual.entropy, expected.entropy)
+    ours, its = (gradients((each.logprob * gradient).sum(), *of) for each in (actual, expected))
+    torch.testing.assert_close(ours, its)
 
 
 @pytest.mark.usefixtures("any_group")
@@ -415,15 +415,7 @@ def test_a_rule_sees_whole_units_and_gives_the_same(unit: int, t: int, entropy: 
     assert [i for tokens in shown for i in range(tokens.start, tokens.stop)] == list(range(t))
     assert all(tokens.start % unit == tokens.stop % unit == 0 and tokens.stop - tokens.start <= 4 for tokens in shown)
     expected = linear_logprob(hidden, weight, labels, entropy=entropy)
-    if entropy:
-        torch.testing.assert_close(actual.entropy, expected.entropy)
-    gradient = likelier_half(slice(0, t), expected)
-    for ours, its in zip(
-        gradients((actual.logprob * gradient).sum(), hidden, weight),
-        gradients((expected.logprob * gradient).sum(), hidden, weight),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, its)
+    assert_same(actual, expected, likelier_half(slice(0, t), expected), hidden, weight)
 
 
 @pytest.mark.usefixtures("any_group")
