@@ -9,11 +9,14 @@ Dims: b micro-batch, s sequence length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
+from megarpt.errors import CheckpointError
 from megarpt.objectives.weighting import TokenWeights
 from megarpt.structs import Progress, TokenBatch, TokenStats
 
@@ -36,14 +39,71 @@ class ObjectiveOutput(NamedTuple):
         return self.scores[0] if self.scores else None
 
 
-class Objective(Protocol):
-    """Per-token statistics to a loss."""
+class Objective(ABC):
+    """Per-token statistics to a loss. Only the call has to be written: by default nothing is chosen before it and nothing is
+    remembered after it."""
 
-    streams: tuple[str, ...]  # names of `TokenBatch.streams` it needs; checked against the data before step 0
-    needs_entropy: bool
+    streams: tuple[str, ...] = ()  # names of `TokenBatch.streams` it needs; checked against the data before step 0
+    needs_entropy: bool = False
+    needs_stats: bool = True  # False when `select` knows from the data alone what every token is worth, before the model runs
 
+    @property
+    def spans_micro_batches(self) -> bool:
+        """Whether the weights have to be chosen for all micro-batches together, by `select`, before they are trained on."""
+        return False
+
+    @property
+    def decides_by_sample(self) -> bool:
+        """Whether `select` gives, in this step, the weights of a sample from the statistics of that sample alone."""
+        return False
+
+    @property
+    def learns_from_steps(self) -> bool:
+        """Whether `settle` is to be called after every step."""
+        return False
+
+    @property
+    def awaits_a_step(self) -> bool:
+        """Whether the choice is to follow from the step before, and there was none."""
+        return False
+
+    @abstractmethod
     def __call__(
         self, stats: TokenStats, batch: TokenBatch, chosen: TokenWeights | None, progress: Progress
     ) -> ObjectiveOutput:
-        """`chosen` is given when it was decided for several micro-batches together beforehand, None otherwise."""
-        ...
+        """Loss and metrics of one micro-batch.
+
+        Args:
+            stats: of the model that trains, differentiable.
+            chosen: what `select` returned for this micro-batch; None when nothing was decided beforehand.
+        """
+
+    def select(
+        self,
+        stats: Sequence[TokenStats] | None,
+        batches: Sequence[TokenBatch],
+        progress: Progress,
+        group: dist.ProcessGroup | None,
+    ) -> list[TokenWeights]:
+        """Weights of every micro-batch of a step; the loss of a token is then its weight times its nll, and the head may make
+        its gradient at once. Asked only of an objective without `needs_stats`, or that spans micro-batches or decides by
+        sample.
+        """
+        raise NotImplementedError(f"{type(self).__name__} chooses nothing beforehand")
+
+    def settle(self, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], group: dist.ProcessGroup | None) -> dict[str, Metric]:
+        """Learn from the step that was just run. Asked only of an objective that learns from steps."""
+        raise NotImplementedError(f"{type(self).__name__} learns nothing from steps")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same choice and the same numbers. Waits for the device."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointError: it is not such a state.
+        """
+        if state:
+            raise CheckpointError(f"objective state: got the entries {sorted(state)}, expected none")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.errors import CheckpointError, ConfigError
-from megarpt.objectives.base import Metric, ObjectiveOutput
+from megarpt.objectives.base import Metric, Objective, ObjectiveOutput
 from megarpt.objectives.scoring import TokenScorer
 from megarpt.objectives.weighting import TokenWeighting, TokenWeights
 from megarpt.ops.token_select import selection_sums
@@ -22,7 +22,7 @@ from megarpt.structs import Progress, TokenBatch, TokenStats
 _NO_STATS = TokenStats(logprob=torch.empty(0), entropy=None)  # for scorers that read none
 
 
-class WeightedLanguageModel:
+class WeightedLanguageModel(Objective):
     """Sum over tokens of weight * nll, to be divided by the number of tokens whose weight is not zero.
 
     With weights of 0 and 1 that is the mean over kept tokens (Rho-1, equation 4). With every weight 1 it is ordinary language

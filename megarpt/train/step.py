@@ -23,8 +23,7 @@ from torch import Tensor
 from megarpt.model.experts import take_balance_losses
 from megarpt.model.forward import WeightOfSamples, head_output, run_schedule, token_stats
 from megarpt.model.token_stats_gpt import HeadMode
-from megarpt.objectives.base import Metric, ObjectiveOutput
-from megarpt.objectives.language_model import WeightedLanguageModel
+from megarpt.objectives.base import Metric, Objective, ObjectiveOutput
 from megarpt.objectives.weighting import TokenWeights
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
@@ -50,7 +49,7 @@ class TrainStep:
     def __init__(
         self,
         chunks: Sequence[DistributedDataParallel],
-        objective: WeightedLanguageModel,
+        objective: Objective,
         optimizer: ChainedOptimizer,
         scheduler: OptimizerParamScheduler,
         groups: ProcessGroups,

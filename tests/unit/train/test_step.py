@@ -11,6 +11,7 @@ import torch
 
 from megarpt.device.runtime import Runtime
 from megarpt.model import forward, token_stats_gpt
+from megarpt.objectives.policy_gradient import ClippedPolicyGradient
 from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule
 from megarpt.structs import TokenStats
 from megarpt.testing.batches import random_batch
@@ -142,3 +143,26 @@ def test_gradients_at_once_change_nothing(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, value in runs[0].weights().items():
         torch.testing.assert_close(runs[1].weights()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["token", "rollout"])
+def test_a_policy_gradient_is_a_step_like_any_other(
+    reduction: str, scoring_passes: list[int], cpu_runtime: Runtime, tmp_path: Path
+) -> None:
+    """On policy and with advantages of 1 its gradient is that of language modeling. Nothing is scored beforehand, no weight is
+    asked for, and there is no state."""
+    policy, language = (tiny_run(tmp_path / name, cpu_runtime, seed=1) for name in ("policy", "language"))
+    policy.step.objective = ClippedPolicyGradient(reduction=reduction, entropy_coef=1e-9)
+    ones = torch.ones(B, S)
+    ends = torch.zeros(B, S).index_fill(1, torch.tensor([S - 1]), 1.0)
+    streams = {"advantage": ones, "rollout_share": ones / S, "rollout_end": ends}
+    batches = [random_batch(B, S, VOCAB, seed=seed) for seed in (1, 2)]
+    report = policy.step([replace(batch, streams=streams) for batch in batches], policy.state.progress)
+    expected = language.step(batches, language.state.progress)
+    assert scoring_passes == [] and policy.step.selection_state() == {}
+    assert report.num_tokens == (2 * B if reduction == "rollout" else 2 * B * S)
+    assert report.metrics["policy/ratio"] == 1.0 and report.metrics["policy/loss"] == pytest.approx(-1.0)
+    assert report.metrics["policy/entropy_nats"] > 1.0
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    for name, value in language.weights().items():
+        torch.testing.assert_close(policy.weights()[name], value, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,1 @@
+"""Reinforcement learning: prompts, rollouts, verifiable rewards, advantages, and the loop over them."""
