@@ -48,6 +48,12 @@ class NumericsError(MegarptError):
     exit_code = EXIT_UNSTABLE
 
 
+class RolloutError(MegarptError):
+    """Completions cannot be drawn: a prompt has no room for one, or the server that draws them failed."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
 class StopRequested(MegarptError):
     """The run was told to stop, has saved a checkpoint, and can go on."""
 

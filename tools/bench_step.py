@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -55,10 +55,35 @@ from megarpt.train.step import Annotate, TrainStep  # noqa: E402
 from megarpt.train.timers import StepTimers, attach  # noqa: E402
 
 LR = 1e-3
-LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 4, 256, 4, 2, 768, 8192  # the `tiny` preset
 BATCH, SEQUENCE = 8, 512
 MICRO_BATCHES, FRACTION = 4, 0.6  # of --selection
-LARGE_VOCAB = 27_136  # of --selection-cost: with it the head is two thirds of the arithmetic
+
+
+class Size(NamedTuple):
+    """A model of the Llama shape."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+
+    @property
+    def mcore(self) -> dict[str, int]:
+        """The fields of `model.mcore`."""
+        names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
+        return dict(zip(names, self, strict=False))
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """Multiplications of a token in the forward pass: of the layers, and of the head."""
+        per_layer = self.hidden * (2 * self.hidden + 2 * self.kv_heads * self.hidden // self.heads) + 3 * self.hidden * self.ffn
+        return self.layers * (per_layer + self.hidden * SEQUENCE // 2), self.hidden * self.vocab
+
+
+TINY = Size(4, 256, 4, 2, 768, 8192)  # the `tiny` preset
+LARGE_HEAD = Size(3, 512, 8, 4, 1216, 32_768)  # of --selection-cost: the head is two thirds of the arithmetic
 
 
 def train_step(
@@ -66,13 +91,14 @@ def train_step(
     precision: str,
     objective: ObjectiveConfig,
     *,
-    vocab: int = VOCAB,
+    size: Size = TINY,
     keep_mib: int = 128,
     annotate: Annotate | None = None,
 ) -> tuple[TrainStep, Callable[[], PerfMeter], dict[str, torch.Tensor]]:
     """A step of megarpt, what has every part of it measured from then on, and the weights it starts from."""
     cfg = tiny_config(
         **{
+            "model.mcore": size.mcore,
             "data.seq_length": SEQUENCE,
             "objective": objective.model_dump(),
             "train.train_tokens": 1 << 40,
@@ -82,7 +108,7 @@ def train_step(
         }
     )
     torch.manual_seed(1)
-    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=vocab)
+    chunks = build_model(cfg, ParallelLayout(), groups, MACHINE, vocab_size=size.vocab)
     optimizer, scheduler = build_optimizer(cfg.optimizer, cfg.train, chunks, groups)
     timers = StepTimers(MACHINE.clock())
     step = TrainStep(chunks, build_objective(objective, 1), optimizer, scheduler, groups, annotate=annotate, timers=timers)
@@ -113,10 +139,10 @@ def megarpt_step(
 
 
 def plain_step(
-    weights: dict[str, torch.Tensor], precision: str, compiled: bool, *, vocab: int = VOCAB, selects: bool = False
+    weights: dict[str, torch.Tensor], precision: str, compiled: bool, *, size: Size = TINY, selects: bool = False
 ) -> Callable[[TokenBatch], float]:
     """One step of a plain loop; bf16 through autocast, as such loops do. `selects`: by an inline reference of its size."""
-    model = PlainGPT(vocab, LAYERS, HIDDEN, HEADS, KV_HEADS, FFN)
+    model = PlainGPT(size.vocab, size.layers, size.hidden, size.heads, size.kv_heads, size.ffn)
     model.load_mcore(weights)
     reference = copy.deepcopy(model)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -153,12 +179,11 @@ def plain_step(
 def product_seconds(precision: str) -> float:
     """CPU seconds of the matrix products of one step, attention included, at this machine's measured rate."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = torch.randn(BATCH * SEQUENCE, HIDDEN, dtype=dtype), torch.randn(2 * FFN, HIDDEN, dtype=dtype)
+    a = torch.randn(BATCH * SEQUENCE, TINY.hidden, dtype=dtype)
+    b = torch.randn(2 * TINY.ffn, TINY.hidden, dtype=dtype)
     best = min(_cpu_seconds(lambda: a @ b.t()) for _ in range(10))
     rate = 2 * a.shape[0] * a.shape[1] * b.shape[0] / best
-    per_layer = HIDDEN * (2 * HIDDEN + 2 * KV_HEADS * HIDDEN // HEADS) + 3 * HIDDEN * FFN
-    tokens = BATCH * SEQUENCE
-    return 6 * tokens * (LAYERS * (per_layer + HIDDEN * SEQUENCE // 2) + HIDDEN * VOCAB) / rate
+    return 6 * BATCH * SEQUENCE * sum(TINY.products) / rate
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
@@ -178,7 +203,7 @@ def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool, t
     seconds: dict[str, list[float]] = {name: [] for name in ("megarpt", *peers)}
     difference = 0.0
     for i in range(steps + 2):
-        batch, losses = random_batch(BATCH, SEQUENCE, VOCAB, seed=i), {}
+        batch, losses = random_batch(BATCH, SEQUENCE, TINY.vocab, seed=i), {}
         for name, step in {"megarpt": ours, **peers}.items():
             start = time.process_time()
             losses[name] = step(batch)
@@ -200,9 +225,9 @@ def compare(groups: ProcessGroups, precision: str, steps: int, compiled: bool, t
 def scored_batches(seed: int) -> list[TokenBatch]:
     """The micro-batches of a step, with reference losses that differ from the model's by about one nat."""
     size = BATCH // MICRO_BATCHES
-    noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(seed)) + torch.log(torch.tensor(float(VOCAB)))
+    noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(seed)) + math.log(TINY.vocab)
     rows = [slice(i * size, (i + 1) * size) for i in range(MICRO_BATCHES)]
-    return [replace(random_batch(BATCH, SEQUENCE, VOCAB, seed, span), streams={"ref_nll": noise[span]}) for span in rows]
+    return [replace(random_batch(BATCH, SEQUENCE, TINY.vocab, seed, span), streams={"ref_nll": noise[span]}) for span in rows]
 
 
 def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[dict[str, float | str]]:
@@ -234,40 +259,53 @@ def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[di
     ]
 
 
-def compare_selection_cost(groups: ProcessGroups, precision: str, steps: int) -> list[dict[str, float | str]]:
+def compare_selection_cost(
+    groups: ProcessGroups, precision: str, steps: int, keep_mib: list[int]
+) -> list[dict[str, float | str]]:
     """Selection with a sidecar and with an online reference against ordinary language modeling, step by step."""
-    rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION, scope="sequence")
-    runs: dict[tuple[str, str], Callable[[TokenBatch], object]] = {}
-    for keep_mib in (0, 128, 1024):
-        (plain, _, weights) = train_step(groups, precision, ObjectiveConfig(), vocab=LARGE_VOCAB, keep_mib=keep_mib)
-        network = train_step(groups, precision, ObjectiveConfig(), vocab=LARGE_VOCAB)[0].chunks[0]
+    runs: dict[tuple[str, str, str], Callable[[TokenBatch], object]] = {}
+    for keep in keep_mib:
+
+        def add(name: str, scope: str, objective: ObjectiveConfig, annotate: Annotate | None = None, keep: int = keep) -> None:
+            step = train_step(groups, precision, objective, size=LARGE_HEAD, keep_mib=keep, annotate=annotate)[0]
+            runs[name, scope, str(keep)] = lambda batch: step([batch], Progress())
+
+        add("language modeling", "", ObjectiveConfig())
+        network = train_step(groups, precision, ObjectiveConfig(), size=LARGE_HEAD)[0].chunks[0]
         online = OnlineReference(unwrap(network), groups, ["ref_nll"])
-        sidecar, _, _ = train_step(groups, precision, rho1, vocab=LARGE_VOCAB, keep_mib=keep_mib)
-        inline, _, _ = train_step(groups, precision, rho1, vocab=LARGE_VOCAB, keep_mib=keep_mib, annotate=online)
-        for name, step in (("language modeling", plain), ("sidecar", sidecar), ("online reference", inline)):
-            runs[name, str(keep_mib)] = lambda batch, step=step: step([batch], Progress())  # type: ignore[misc]
-    runs["plain loop", ""] = plain_step(weights, precision, False, vocab=LARGE_VOCAB)
-    runs["recipe", ""] = plain_step(weights, precision, False, vocab=LARGE_VOCAB, selects=True)
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
+        for scope in ("sequence", "global_batch"):
+            rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION, scope=scope)
+            add("sidecar", scope, rho1)
+            add("online reference", scope, rho1, online)
+    weights = train_step(groups, precision, ObjectiveConfig(), size=LARGE_HEAD)[2]
+    runs["plain loop", "", ""] = plain_step(weights, precision, False, size=LARGE_HEAD)
+    runs["recipe", "global_batch", ""] = plain_step(weights, precision, False, size=LARGE_HEAD, selects=True)
+    seconds: dict[tuple[str, str, str], list[float]] = {name: [] for name in runs}
     for i in range(steps + 1):
-        noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(i)) + math.log(LARGE_VOCAB)
-        batch = replace(random_batch(BATCH, SEQUENCE, LARGE_VOCAB, seed=i), streams={"ref_nll": noise})
+        noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(i)) + math.log(LARGE_HEAD.vocab)
+        batch = replace(random_batch(BATCH, SEQUENCE, LARGE_HEAD.vocab, seed=i), streams={"ref_nll": noise})
         for key, run in runs.items():
             spent = _cpu_seconds(lambda run=run, batch=batch: run(batch))  # type: ignore[misc]
             if i >= 1:  # the first step warms up
                 seconds[key].append(spent)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
+    plain = middle["plain loop", "", ""]
     return [
         {
             "precision": precision,
             "step": name,
-            "kept_MiB": keep_mib,
+            "scope": scope,
+            "kept_MiB": keep,
             "cpu_s": value,
-            "times_language_modeling": value / middle.get(("language modeling", keep_mib), middle["plain loop", ""]),
-            "times_plain_loop": value / middle["plain loop", ""],
+            "times_language_modeling": value / middle.get(("language modeling", "", keep), plain),
+            "times_plain_loop": value / plain,
         }
-        for (name, keep_mib), value in middle.items()
+        for (name, scope, keep), value in middle.items()
     ]
+
+
+def _size(size: Size) -> str:
+    return f"{size.layers} layers x {size.hidden}, vocabulary {size.vocab:,}"
 
 
 def show_rows(rows: list[dict[str, float | str]], title: str) -> Table:
@@ -280,7 +318,7 @@ def show_rows(rows: list[dict[str, float | str]], title: str) -> Table:
 
 
 def show(rows: list[dict[str, float | str]]) -> Table:
-    table = Table(title=f"training step, {LAYERS} layers x {HIDDEN}, sequence {SEQUENCE}, batch {BATCH}, vocabulary {VOCAB}")
+    table = Table(title=f"training step, {_size(TINY)}, batch {BATCH} x {SEQUENCE}")
     table.add_column("")
     for row in rows:
         table.add_column(str(row["precision"]), justify="right")
@@ -299,6 +337,7 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
     parser.add_argument("--selection", action="store_true", help="instead: the cost of selecting tokens, scope by scope")
     parser.add_argument("--selection-cost", action="store_true", help="instead: what a selection step costs, large head")
+    parser.add_argument("--keep-mib", nargs="+", type=int, default=[128], help="train.head_keep_mib for --selection-cost")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     if (args.selection or args.selection_cost) and (args.compiled or args.timed):
@@ -310,9 +349,12 @@ def main() -> None:
         size = f"{MICRO_BATCHES} micro-batches of {BATCH // MICRO_BATCHES} x {SEQUENCE}"
         table = show_rows(rows, f"a step of {size}, {FRACTION:.0%} kept")
     elif args.selection_cost:
-        rows = [row for precision in args.precision for row in compare_selection_cost(groups, precision, args.steps)]
-        size = f"{LAYERS} layers x {HIDDEN}, vocabulary {LARGE_VOCAB}, batch {BATCH} x {SEQUENCE}"
-        table = show_rows(rows, f"a step of a model whose head is two thirds of it ({size}), {FRACTION:.0%} kept")
+        rows = [
+            row for precision in args.precision for row in compare_selection_cost(groups, precision, args.steps, args.keep_mib)
+        ]
+        layers, head = LARGE_HEAD.products
+        size = f"{_size(LARGE_HEAD)}, batch {BATCH} x {SEQUENCE}"
+        table = show_rows(rows, f"a model whose head is {head / (layers + head):.0%} of it ({size}), {FRACTION:.0%} kept")
     else:
         rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]
         table = show(rows)
