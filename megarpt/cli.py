@@ -19,6 +19,7 @@ from megarpt import __version__
 from megarpt.config.fields import iter_fields
 from megarpt.config.load import AnySection, build_section, config_hash, dump_resolved, load_config
 from megarpt.config.schema import (
+    COMMANDS,
     Device,
     EvaluateOptions,
     ExportOptions,
@@ -27,6 +28,7 @@ from megarpt.config.schema import (
     PretrainConfig,
     ScoreOptions,
     SubmitOptions,
+    TrainingConfig,
     VerifyResumeOptions,
 )
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, EXIT_RESUMABLE, ConfigError, MegarptError
@@ -99,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int | None:
-    cfg = load_config(args.config, args.overrides, world_size=_place_in_world()[1])
+    cfg = load_config(args.config, args.overrides, kind=PretrainConfig, world_size=_place_in_world()[1])
     with _machine(cfg.run.device) as runtime:
         from megarpt.run import pretrain
 
@@ -141,7 +143,8 @@ def _generate(args: argparse.Namespace) -> int | None:
 def _verify_resume(args: argparse.Namespace) -> int | None:
     options = _options(VerifyResumeOptions, args)
     launched = _place_in_world()[1]
-    cfg = load_config(args.config, args.overrides, world_size=launched if launched > 1 else options.nproc_per_node)
+    world_size = launched if launched > 1 else options.nproc_per_node
+    cfg = load_config(args.config, args.overrides, kind=PretrainConfig, world_size=world_size)
     # This process only watches and compares; the device is for those it starts.
     with _machine("cpu") as runtime:
         from megarpt.run import verify_resume
@@ -157,7 +160,7 @@ def _export(args: argparse.Namespace) -> int | None:
 
 def _show_config(args: argparse.Namespace) -> int | None:
     if args.help_fields:
-        for field in iter_fields(PretrainConfig):
+        for field in iter_fields(COMMANDS[args.command]):
             sys.stdout.write(f"{field.key}: {field.type} = {field.default}\n    {field.doc}\n")
         return EXIT_OK
     if args.config is None:
@@ -172,7 +175,7 @@ def _show_config(args: argparse.Namespace) -> int | None:
 
 def _plan(args: argparse.Namespace) -> int | None:
     options = _options(PlanOptions, args)
-    cfg = load_config(args.config, args.overrides, world_size=options.world_size)
+    cfg = load_config(args.config, args.overrides, kind=PretrainConfig, world_size=options.world_size)
     from megarpt.run import plan
 
     return plan.run(cfg, options)
@@ -234,7 +237,7 @@ def _report_exit(error: MegarptError, rank: int) -> int:
     return EXIT_OK if error.exit_code == EXIT_RESUMABLE else error.exit_code
 
 
-def _value(cfg: PretrainConfig, key: str) -> str:
+def _value(cfg: TrainingConfig, key: str) -> str:
     """One value of a resolved configuration, as a shell script wants it."""
     value: object = cfg.model_dump(mode="json")
     for part in key.split("."):
@@ -370,6 +373,7 @@ def _build_parser() -> argparse.ArgumentParser:
     show.add_argument("--world-size", type=int, metavar="N", help="check also whether it fits this number of ranks")
     show.add_argument("--hash", action="store_true", help="print only the hash of the resolved configuration")
     show.add_argument("--help-fields", action="store_true", help="list every field with its type, default and meaning")
+    show.add_argument("--command", choices=tuple(COMMANDS), default="pretrain", help="of this command (default: %(default)s)")
     _add_plan(
         command(
             "plan",

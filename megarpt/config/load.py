@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import ValidationError
@@ -23,12 +23,13 @@ from pydantic_core import ErrorDetails
 
 from megarpt.config import validate
 from megarpt.config.fields import iter_fields, nested_section, section_at, type_name
-from megarpt.config.schema import PretrainConfig, Section
+from megarpt.config.schema import COMMANDS, Section, TrainingConfig
 from megarpt.config.yaml_source import parse_yaml
 from megarpt.errors import ConfigError
 
 Key = tuple[str, ...]
 AnySection = TypeVar("AnySection", bound=Section)
+AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 
 
 @dataclass(slots=True)
@@ -53,12 +54,29 @@ class _Source:
         self.problems.append(f"{self.where(key)}: {'.'.join(key)}: {message}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> PretrainConfig:
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> TrainingConfig: ...
+
+
+@overload
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyConfig], world_size: int | None = None
+) -> AnyConfig: ...
+
+
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    kind: type[TrainingConfig] | None = None,
+    world_size: int | None = None,
+) -> TrainingConfig:
     """Read, override, check.
 
     Args:
         path: the YAML file; a run folder's `config.yaml` is one too.
         overrides: `section.key=value`, the value in YAML; later ones win. List items by index: `data.train.0.weight=2`.
+        kind: what it has to be; None takes what its key `command` says, without one a PretrainConfig.
         world_size: number of ranks when it is known; the batch is then checked against it as well.
 
     Raises:
@@ -67,20 +85,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     source = _read(Path(path))
     for text in overrides:
         _override(source, text)
-    return _finish(source, world_size)
+    return _finish(source, kind or config_kind(source.data), world_size)
 
 
-def config_from_dict(data: Mapping[str, Any], *, world_size: int | None = None) -> PretrainConfig:
+def config_from_dict(data: Mapping[str, Any], *, world_size: int | None = None) -> TrainingConfig:
     """The same checks for a configuration built in Python or read from a checkpoint."""
-    return _finish(_Source("configuration", data=dict(data)), world_size)
+    return _finish(_Source("configuration", data=dict(data)), config_kind(data), world_size)
 
 
-def dump_resolved(cfg: PretrainConfig) -> str:
+def config_kind(data: Mapping[str, Any]) -> type[TrainingConfig]:
+    """Which configuration the values are of, by their key `command`; those without one are of `megarpt pretrain`.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    command = data.get("command", "pretrain")
+    if not isinstance(command, str) or command not in COMMANDS:
+        raise ConfigError(f"command: got {_show(command)}, expected one of {', '.join(COMMANDS)}: which command it is for")
+    return COMMANDS[command]
+
+
+def dump_resolved(cfg: TrainingConfig) -> str:
     """YAML of every field, defaults included; `load_config` of it gives an equal configuration."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, default_flow_style=False, allow_unicode=True)
 
 
-def config_hash(cfg: PretrainConfig) -> str:
+def config_hash(cfg: TrainingConfig) -> str:
     """sha256 over all resolved values; independent of file layout, key order and of what was left to defaults."""
     canonical = json.dumps(cfg.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -151,10 +181,10 @@ def _override(source: _Source, text: str) -> None:
     source.origin = {each: origin for each, origin in source.origin.items() if each[: len(key)] != key} | {key: place}
 
 
-def _finish(source: _Source, world_size: int | None) -> PretrainConfig:
-    built = _schema_check(PretrainConfig, source)
+def _finish(source: _Source, kind: type[AnyConfig], world_size: int | None) -> AnyConfig:
+    built = _schema_check(kind, source)
     partial = isinstance(built, set)
-    readable = _readable(PretrainConfig, source.data, built) if isinstance(built, set) else built
+    readable = _readable(kind, source.data, built) if isinstance(built, set) else built
     for message in validate.problems(readable, world_size=world_size, partial=partial):
         key = tuple(message.partition(":")[0].split("."))
         source.problems.append(f"{source.where(key)}: {message}")

@@ -110,30 +110,73 @@ class HeldOutCorpus(Section):
     """Per-token sidecars, as in data.train; with them held-out loss is split into kept-like and dropped-like tokens."""
 
 
-class DataConfig(Section):
-    """What is read."""
+class TextConfig(Section):
+    """How text becomes samples."""
 
     tokenizer: Text
     """A sentencepiece `.model`, a Hugging Face `tokenizer.json`, or `bytes`."""
+    seq_length: Positive = 1024
+    """Tokens per sample."""
+    separate_documents: bool = True
+    """Documents packed into one sample do not see each other, and positions restart with each."""
+    valid: dict[str, Any] = Field(default_factory=dict)
+    """What is held out, by name."""
+
+
+class DataConfig(TextConfig):
+    """What is read."""
+
     train: list[CorpusSource] = Field(min_length=1)
     """The training blend."""
     valid: dict[str, Annotated[HeldOutCorpus, BeforeValidator(_bare_prefix)]] = Field(default_factory=dict)
     """Held-out corpora: name -> prefix, or name -> `{path: prefix, streams: {ref_nll: sidecar}}`. Each is evaluated on all of
     its tokens unless evaluation.max_tokens is set; a sidecar is what evaluation.split_fraction needs."""
-    seq_length: Positive = 1024
-    """Tokens per sample."""
-    separate_documents: bool = True
-    """Documents packed into one sample do not see each other, and positions restart with each."""
     verify: Literal["values", "index"] = "values"
     """What is compared with the manifests before training: `values` reads every corpus and sidecar once (the ranks share the
     work, and a resume does not repeat it), `index` only indexes and sizes."""
 
 
-class BatchConfig(Section):
-    """How many samples make a step."""
+class AnswerSource(Section):
+    """One file of prompts with answers."""
+
+    path: Text
+    """JSON Lines (megarpt/data/answers.py says which records there are)."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Relative share of samples in the blend."""
+
+
+class AnswersConfig(TextConfig):
+    """Prompts with their answers, which alone are trained on."""
+
+    train: list[AnswerSource] = Field(min_length=1)
+    """The training blend."""
+    valid: dict[str, Text] = Field(default_factory=dict)
+    """Held-out files: name -> path. The loss is that of the answers."""
+
+
+class PromptsConfig(TextConfig):
+    """What the policy is asked. `data.seq_length` is the length of the rows that rollouts are packed into for training."""
+
+    train: Text
+    """Prompts, JSON Lines (megarpt/rl/prompts.py says which records there are)."""
+    valid: dict[str, Text] = Field(default_factory=dict)
+    """Held-out prompts: name -> file."""
+    template: Text = "plain"
+    """What is put around a context or question: a name from megarpt/rl/templates.py, or a text with a placeholder."""
+    max_prompt_tokens: Positive = 512
+    """Longer contexts lose tokens on the left; questions that do not fit are left out."""
+
+
+class MicroBatchConfig(Section):
+    """How many samples are worked on at a time."""
 
     micro_batch_size: Positive = 8
     """Samples per forward pass and data-parallel rank."""
+
+
+class BatchConfig(MicroBatchConfig):
+    """How many samples make a step."""
+
     global_batch_size: Positive = 8
     """Samples per optimizer step over all ranks; a multiple of micro_batch_size times the data-parallel size."""
 
@@ -167,6 +210,21 @@ class OptimizerConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     mcore: dict[str, Any] = Field(default_factory=dict)
     """Fields of megatron-core's OptimizerConfig."""
+
+
+class RLOptimizerConfig(OptimizerConfig):
+    """AdamW with the defaults of RPT (arXiv 2506.08007, appendix B) and a constant learning rate."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Learning rate, after the warm-up."""
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """Learning rate at the end of a decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "constant"
+    """Shape of the decay; any other than constant needs lr_decay_tokens."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay, not applied to biases and norms."""
+    adam_beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the second moment."""
 
 
 class ReferenceConfig(Section):
@@ -208,11 +266,98 @@ class ObjectiveConfig(Section):
     """Score with this model during training instead of reading the sidecar."""
 
 
-class TrainConfig(Section):
-    """How long, and in what precision."""
+class DynamicSamplingConfig(Section):
+    """Groups that teach nothing, since all their rewards are equal, are replaced by groups of other prompts (DAPO)."""
 
-    train_tokens: Positive
-    """Tokens fed through the model before the run is done, rounded up to whole steps."""
+    start_step: NonNegative = 0
+    """Only from this step on."""
+    max_rounds: Positive = 4
+    """So often prompts are drawn for one step, the first time included."""
+    at_cap: Literal["train", "stop"] = "train"
+    """With too few groups after that many rounds: train on those there are, or end the run."""
+
+
+class PolicyConfig(Section):
+    """What a sampled token is worth (objectives/policy_gradient.py, rl/advantages.py)."""
+
+    advantage: Literal["group_mean", "group_zscore", "leave_one_out", "length_weighted"] = "group_mean"
+    """A reward against those of its group: minus their mean (Dr. GRPO), that over their deviation (GRPO), minus the mean of the
+    others (RLOO), minus the mean weighted by length (OPO)."""
+    updates_per_rollout: Positive = 1
+    """Optimizer steps on the rollouts of a step, each on its own share of them. 1 is on policy."""
+    clip_low: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """The ratio below 1 - clip_low adds nothing more where the advantage is negative."""
+    clip_high: Annotated[float, Field(ge=0.0)] = 0.2
+    """The ratio above 1 + clip_high adds nothing more where the advantage is positive."""
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
+    """The ratio above this adds nothing more where the advantage is negative; null for no such bound."""
+    reduction: Literal["token", "rollout"] = "token"
+    """Divide by the number of tokens, or average over each rollout and then over rollouts."""
+    kl_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the KL divergence from the reference policy, which is the policy at the start unless it is reset."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k2"
+    """How that is estimated from the sampled tokens."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """`reward`: a rollout's summed estimate, times kl_coef, is taken from its reward."""
+    reference_reset_steps: NonNegative = 0
+    """Every this many steps the policy of the moment becomes the reference and the optimizer's state starts afresh; 0 never."""
+    entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the entropy bonus."""
+    max_importance_ratio: Annotated[float, Field(ge=1.0)] | None = None
+    """Weight tokens by how much likelier the trainer finds them than the engine that drew them, at most by this."""
+    log_entropy: bool = True
+    """Measure the entropy also where it is no part of the loss."""
+    overlong: Literal["keep", "mask", "penalty"] = "keep"
+    """Truncated completions: count as they are judged, are left out of the loss, or (with those near the limit) lose reward."""
+    overlong_buffer_tokens: NonNegative = 0
+    """`penalty` only: over how many tokens before the limit it grows."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Draw other prompts in place of those whose group teaches nothing."""
+
+
+class RolloutConfig(Section):
+    """How completions are drawn."""
+
+    prompts_per_step: Positive = 32
+    """Prompts over all ranks; a multiple of the data-parallel size."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Completions of each prompt."""
+    max_new_tokens: Positive = 512
+    """Longer completions are truncated."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of sampling, and of every log-probability in training."""
+    top_k: NonNegative = 0
+    """Only among the k likeliest tokens; 0 for all."""
+    top_p: Fraction = 1.0
+    """Only among the likeliest tokens of this mass together."""
+    stop: list[Text] = Field(default_factory=list)
+    """Texts of single tokens that end a completion, besides the end of a document."""
+    engine: Literal["embedded", "server"] = "embedded"
+    """`embedded`: the model that trains draws by itself. `server`: an OpenAI-compatible completion server does."""
+    max_batch: Positive = 64
+    """embedded: completions that a rank draws at the same time."""
+    url: Text | None = None
+    """server: where it listens, such as http://localhost:8000."""
+    weights_dir: Text | None = None
+    """server: a folder that it can read as well, where each new version of the weights is put."""
+
+
+class RLEvaluationConfig(Section):
+    """Mean reward of held-out prompts."""
+
+    interval_steps: NonNegative = 0
+    """Evaluate every this many steps, besides before and after training; 0 means only then."""
+    at_start: bool = True
+    """Evaluate before the first step."""
+    max_prompts: Positive | None = None
+    """Limit per file; null is all of it."""
+    temperature: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of sampling; 0 takes the likeliest tokens."""
+
+
+class StepConfig(Section):
+    """What every optimizer step has in common."""
+
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights, fp32 main gradients and fp32 losses."""
     max_skipped_steps: NonNegative = 20
@@ -224,6 +369,20 @@ class TrainConfig(Section):
     """MiB of logits that may be held at a time. Where the objective decides what tokens are worth only after the forward pass,
     they are held for the backward pass and the others computed again; otherwise the gradients are made in the forward pass, of
     as many tokens at a time as fit. 0 holds none; null holds 128, or as many as stream.memory_budget_gb leaves room for."""
+
+
+class TrainConfig(StepConfig):
+    """How long, and in what precision."""
+
+    train_tokens: Positive
+    """Tokens fed through the model before the run is done, rounded up to whole steps."""
+
+
+class RLTrainConfig(StepConfig):
+    """How long, and in what precision."""
+
+    train_steps: Positive
+    """How often prompts are drawn, answered, judged and trained on."""
 
 
 class ParallelConfig(Section):
@@ -344,24 +503,97 @@ class ProfileConfig(Section):
     """Beyond names and times: shapes of operands, allocations, Python stacks. Each makes steps slower and files larger."""
 
 
-class PretrainConfig(Section):
-    """`megarpt pretrain`."""
+class VerifierConfig(Section):
+    """What says how good a completion is (megarpt/rl/verifiers.py). Options of another kind than `kind` are refused."""
 
+    kind: Literal["next_token", "math", "multiple_choice", "exact", "format"]
+    """Which verifier."""
+    weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Its part in the reward; 0 only logs it."""
+    name: Text | None = None
+    """Of its value in the log; null takes the kind."""
+    think_close: Text = "</think>"
+    """All but format: ends the thinking; the answer follows."""
+    require_thinking: bool = True
+    """All but format: without an end of the thinking there is no answer."""
+    require_box: bool = False
+    """math and multiple_choice: an answer that is not in a box is none."""
+    unescape: bool = False
+    """next_token and exact: read backslash escapes in a box as LaTeX does."""
+    first_token_only: bool = False
+    """next_token: exactly the first token is right, nothing longer."""
+    any_blanks: bool = True
+    """exact: runs of blanks are one, and those at the ends none."""
+    pattern: Text | None = None
+    """format: the regular expression that a whole completion has to match."""
+    limit_s: Annotated[float, Field(gt=0.0)] | None = None
+    """math and format: seconds for one completion; null takes 5 and 1."""
+    workers: Positive = 2
+    """math: processes that judge, on every rank."""
+
+
+class TrainingConfig(Section):
+    """What every training command has; `command` is which one a configuration is for."""
+
+    command: Text
+    """The command that a configuration is for."""
     run: RunConfig
     model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig
-    batch: BatchConfig = Field(default_factory=BatchConfig)
+    data: TextConfig
+    batch: MicroBatchConfig = Field(default_factory=MicroBatchConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    train: TrainConfig
+    train: StepConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     stream: StreamConfig = Field(default_factory=StreamConfig)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
+
+
+class LanguageModelConfig(TrainingConfig):
+    """Training on given text, token by token."""
+
+    batch: BatchConfig = Field(default_factory=BatchConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    train: TrainConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     profile: ProfileConfig = Field(default_factory=ProfileConfig)
     stability: StabilityConfig = Field(default_factory=StabilityConfig)
-    faults: FaultsConfig = Field(default_factory=FaultsConfig)
+
+
+class PretrainConfig(LanguageModelConfig):
+    """`megarpt pretrain`."""
+
+    command: Literal["pretrain"] = "pretrain"
+    """The command that a configuration is for."""
+    data: DataConfig
+
+
+class SftConfig(LanguageModelConfig):
+    """`megarpt sft`."""
+
+    command: Literal["sft"] = "sft"
+    """The command that a configuration is for."""
+    data: AnswersConfig
+
+
+class RLConfig(TrainingConfig):
+    """`megarpt rl`."""
+
+    command: Literal["rl"] = "rl"
+    """The command that a configuration is for."""
+    data: PromptsConfig
+    optimizer: RLOptimizerConfig = Field(default_factory=RLOptimizerConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    verifiers: list[VerifierConfig] = Field(min_length=1)
+    """Each says what a completion is worth; the reward is their weighted sum."""
+    objective: PolicyConfig = Field(default_factory=PolicyConfig)
+    train: RLTrainConfig
+    evaluation: RLEvaluationConfig = Field(default_factory=RLEvaluationConfig)
+
+
+COMMANDS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig, "rl": RLConfig}
+"""Which configuration a training command takes."""
 
 
 class ScoreOptions(Section):

@@ -14,17 +14,24 @@ from typing import Any, get_args
 
 from megarpt.config.presets import ACTIVATIONS, PRESETS
 from megarpt.config.schema import (
+    LanguageModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
+    PolicyConfig,
     PretrainConfig,
     ProfileConfig,
+    RLConfig,
+    RolloutConfig,
+    SftConfig,
     StabilityConfig,
     Stream,
+    TrainConfig,
+    TrainingConfig,
 )
 from megarpt.errors import ConfigError
 
-Rule = Callable[[PretrainConfig], str | None]
+Rule = Callable[[Any], str | None]  # of the configurations it is listed for, below
 
 STREAM_OF_SCORER = {"excess_loss": "ref_nll", "reference_loss": "ref_nll", "reference_entropy": "ref_entropy"}
 """Which per-token stream of the reference model a scorer reads."""
@@ -83,13 +90,13 @@ _UNEVEN_STAGES = (
 )
 
 
-def model_fields(cfg: PretrainConfig) -> Mapping[str, Any]:
+def model_fields(cfg: TrainingConfig) -> Mapping[str, Any]:
     """Fields of megatron-core's TransformerConfig: the preset's, and model.mcore over them."""
     preset = PRESETS.get(cfg.model.preset)
     return {**(preset.transformer if preset else {}), **cfg.model.mcore}
 
 
-def split_rule(cfg: PretrainConfig) -> ObjectiveConfig | None:
+def split_rule(cfg: LanguageModelConfig) -> ObjectiveConfig | None:
     """How evaluation tells kept-like from dropped-like tokens among all of a corpus; None when it does not.
 
     A baseline that trains on all tokens, or on some chosen without a reference, is split as the run it is compared with is.
@@ -113,7 +120,7 @@ def ranks_by_student(cfg: ObjectiveConfig) -> bool:
     return not STUDENT_SCORERS.isdisjoint(_scorers(cfg).values())
 
 
-def preset_exists(cfg: PretrainConfig) -> str | None:
+def preset_exists(cfg: TrainingConfig) -> str | None:
     if cfg.model.preset in PRESETS:
         return None
     near = difflib.get_close_matches(cfg.model.preset, PRESETS, n=1)
@@ -121,7 +128,7 @@ def preset_exists(cfg: PretrainConfig) -> str | None:
     return f"model.preset: got {cfg.model.preset!r}, expected one of {', '.join(sorted(PRESETS))}{hint}"
 
 
-def sequence_fits_the_preset(cfg: PretrainConfig) -> str | None:
+def sequence_fits_the_preset(cfg: TrainingConfig) -> str | None:
     preset, given = PRESETS.get(cfg.model.preset), cfg.model.gpt.max_sequence_length
     if preset is None or cfg.data.seq_length <= (given or preset.max_sequence_length):
         return None
@@ -133,7 +140,7 @@ def sequence_fits_the_preset(cfg: PretrainConfig) -> str | None:
     )
 
 
-def rotary_settings_have_rotary_angles(cfg: PretrainConfig) -> str | None:
+def rotary_settings_have_rotary_angles(cfg: TrainingConfig) -> str | None:
     preset, gpt = PRESETS.get(cfg.model.preset), cfg.model.gpt
     if preset is None or preset.gpt["position_embedding_type"] == "rope":
         return None
@@ -143,31 +150,34 @@ def rotary_settings_have_rotary_angles(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def activation_is_known(cfg: PretrainConfig) -> str | None:
+def activation_is_known(cfg: TrainingConfig) -> str | None:
     got = cfg.model.mcore.get("activation")
     if got is None or got in ACTIVATIONS:
         return None
     return f"model.mcore.activation: got {got!r}, expected one of {', '.join(ACTIVATIONS)}"
 
 
-def global_batch_is_whole_micro_batches(cfg: PretrainConfig) -> str | None:
+def global_batch_is_whole_micro_batches(cfg: LanguageModelConfig) -> str | None:
     micro, total = cfg.batch.micro_batch_size, cfg.batch.global_batch_size
     if total % micro == 0:
         return None
     return f"batch.global_batch_size: got {total}, expected a multiple of batch.micro_batch_size ({micro})"
 
 
-def min_lr_is_below_lr(cfg: PretrainConfig) -> str | None:
+def min_lr_is_below_lr(cfg: TrainingConfig) -> str | None:
     lr, min_lr = cfg.optimizer.lr, cfg.optimizer.min_lr
     return None if min_lr <= lr else f"optimizer.min_lr: got {min_lr}, expected at most optimizer.lr ({lr})"
 
 
-def warmup_ends_before_decay(cfg: PretrainConfig) -> str | None:
-    warmup, (end, key) = cfg.optimizer.lr_warmup_tokens, _decay_end(cfg)
+def warmup_ends_before_decay(cfg: TrainingConfig) -> str | None:
+    warmup, decay_end = cfg.optimizer.lr_warmup_tokens, _decay_end(cfg)
+    if decay_end is None:
+        return None
+    end, key = decay_end
     return None if warmup < end else f"optimizer.lr_warmup_tokens: got {warmup}, expected fewer than {key} ({end})"
 
 
-def constant_has_no_decay(cfg: PretrainConfig) -> str | None:
+def constant_has_no_decay(cfg: TrainingConfig) -> str | None:
     if cfg.optimizer.lr_decay_style != "constant" or cfg.optimizer.lr_decay_tokens is None:
         return None
     return (
@@ -176,14 +186,17 @@ def constant_has_no_decay(cfg: PretrainConfig) -> str | None:
     )
 
 
-def wsd_has_a_decay(cfg: PretrainConfig) -> str | None:
+def wsd_has_a_decay(cfg: TrainingConfig) -> str | None:
     if cfg.optimizer.lr_decay_style != "WSD" or cfg.optimizer.lr_wsd_decay_tokens > 0:
         return None
     return "optimizer.lr_wsd_decay_tokens: got 0, expected more than 0 with optimizer.lr_decay_style WSD"
 
 
-def wsd_fits(cfg: PretrainConfig) -> str | None:
-    optimizer, (end, key) = cfg.optimizer, _decay_end(cfg)
+def wsd_fits(cfg: TrainingConfig) -> str | None:
+    optimizer, decay_end = cfg.optimizer, _decay_end(cfg)
+    if decay_end is None:
+        return None
+    end, key = decay_end
     room = end - optimizer.lr_warmup_tokens
     if optimizer.lr_decay_style != "WSD" or optimizer.lr_wsd_decay_tokens <= room or room <= 0:
         return None
@@ -193,21 +206,21 @@ def wsd_fits(cfg: PretrainConfig) -> str | None:
     )
 
 
-def wsd_tokens_need_wsd(cfg: PretrainConfig) -> str | None:
+def wsd_tokens_need_wsd(cfg: TrainingConfig) -> str | None:
     return _only_with_wsd(cfg, "lr_wsd_decay_tokens")
 
 
-def wsd_style_needs_wsd(cfg: PretrainConfig) -> str | None:
+def wsd_style_needs_wsd(cfg: TrainingConfig) -> str | None:
     return _only_with_wsd(cfg, "lr_wsd_decay_style")
 
 
-def top_fraction_has_a_scorer(cfg: PretrainConfig) -> str | None:
+def top_fraction_has_a_scorer(cfg: LanguageModelConfig) -> str | None:
     if cfg.objective.weighting != "top_fraction" or cfg.objective.scorer != "none":
         return None
     return "objective.scorer: got 'none', expected a scorer that objective.weighting top_fraction can rank by"
 
 
-def scorer_is_used(cfg: PretrainConfig) -> str | None:
+def scorer_is_used(cfg: LanguageModelConfig) -> str | None:
     if cfg.objective.scorer == "none" or cfg.objective.weighting != "uniform":
         return None
     return (
@@ -216,19 +229,19 @@ def scorer_is_used(cfg: PretrainConfig) -> str | None:
     )
 
 
-def fraction_is_used(cfg: PretrainConfig) -> str | None:
+def fraction_is_used(cfg: LanguageModelConfig) -> str | None:
     return _only_with_top_fraction(cfg, "fraction")
 
 
-def scope_is_used(cfg: PretrainConfig) -> str | None:
+def scope_is_used(cfg: LanguageModelConfig) -> str | None:
     return _only_with_top_fraction(cfg, "scope")
 
 
-def second_set_is_used(cfg: PretrainConfig) -> str | None:
+def second_set_is_used(cfg: LanguageModelConfig) -> str | None:
     return _only_with_top_fraction(cfg, "second")
 
 
-def second_set_has_another_scorer(cfg: PretrainConfig) -> str | None:
+def second_set_has_another_scorer(cfg: LanguageModelConfig) -> str | None:
     second = cfg.objective.second
     if second is None or second.scorer != cfg.objective.scorer:
         return None
@@ -238,7 +251,7 @@ def second_set_has_another_scorer(cfg: PretrainConfig) -> str | None:
     )
 
 
-def combine_has_two_sets(cfg: PretrainConfig) -> str | None:
+def combine_has_two_sets(cfg: LanguageModelConfig) -> str | None:
     if cfg.objective.second is not None or cfg.objective.combine == ObjectiveConfig.model_fields["combine"].default:
         return None
     return (
@@ -247,7 +260,7 @@ def combine_has_two_sets(cfg: PretrainConfig) -> str | None:
     )
 
 
-def kept_share_is_known_to_the_routers(cfg: PretrainConfig) -> str | None:
+def kept_share_is_known_to_the_routers(cfg: LanguageModelConfig) -> str | None:
     fields = model_fields(cfg)
     coefficient = fields.get("moe_aux_loss_coeff", 0.0)
     is_balanced = any(coefficient) if isinstance(coefficient, list) else bool(coefficient)
@@ -259,7 +272,7 @@ def kept_share_is_known_to_the_routers(cfg: PretrainConfig) -> str | None:
     )
 
 
-def reference_is_used(cfg: PretrainConfig) -> str | None:
+def reference_is_used(cfg: LanguageModelConfig) -> str | None:
     if cfg.objective.reference is None or reference_streams(cfg.objective):
         return None
     return (
@@ -314,7 +327,7 @@ def split_has_a_reference(cfg: PretrainConfig) -> str | None:
     )
 
 
-def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
+def held_out_names_are_plain(cfg: TrainingConfig) -> str | None:
     for name in cfg.data.valid:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             return (
@@ -323,17 +336,17 @@ def held_out_names_are_plain(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def evaluation_has_corpora(cfg: PretrainConfig) -> str | None:
+def evaluation_has_corpora(cfg: LanguageModelConfig | RLConfig) -> str | None:
     if cfg.data.valid:
         return None
-    for name, unset in (("interval_steps", 0), ("max_tokens", None), ("micro_batch_size", None), ("split_fraction", None)):
+    for name, field in type(cfg.evaluation).model_fields.items():
         got = getattr(cfg.evaluation, name)
-        if got != unset:
+        if name != "at_start" and got != field.default:
             return f"evaluation.{name}: got {got}, but data.valid names no corpus to evaluate"
     return None
 
 
-def kept_checkpoints_are_saved(cfg: PretrainConfig) -> str | None:
+def kept_checkpoints_are_saved(cfg: TrainingConfig) -> str | None:
     keep, interval = cfg.checkpoint.keep_every_steps, cfg.checkpoint.interval_steps
     if keep == 0 or (interval > 0 and keep % interval == 0):
         return None
@@ -341,13 +354,13 @@ def kept_checkpoints_are_saved(cfg: PretrainConfig) -> str | None:
     return f"checkpoint.keep_every_steps: got {keep}, expected {expected}: no other step is saved"
 
 
-def sequence_parallel_has_tensor_parallel(cfg: PretrainConfig) -> str | None:
+def sequence_parallel_has_tensor_parallel(cfg: TrainingConfig) -> str | None:
     if not cfg.parallel.sequence_parallel or cfg.parallel.tensor_model_parallel_size > 1:
         return None
     return "parallel.sequence_parallel: got true, expected parallel.tensor_model_parallel_size greater than 1 with it"
 
 
-def sequence_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
+def sequence_parallel_divides_the_tokens(cfg: TrainingConfig) -> str | None:
     tp, cp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.context_parallel_size
     tokens = cfg.batch.micro_batch_size * cfg.data.seq_length
     if not cfg.parallel.sequence_parallel or tokens % (tp * cp) == 0:
@@ -358,7 +371,7 @@ def sequence_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
     )
 
 
-def context_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
+def context_parallel_divides_the_tokens(cfg: TrainingConfig) -> str | None:
     cp, tokens = cfg.parallel.context_parallel_size, cfg.batch.micro_batch_size * cfg.data.seq_length
     if cp == 1 or tokens % (2 * cp) == 0:
         return None
@@ -368,8 +381,8 @@ def context_parallel_divides_the_tokens(cfg: PretrainConfig) -> str | None:
     )
 
 
-def context_parallel_divides_the_evaluation(cfg: PretrainConfig) -> str | None:
-    parallel, micro = cfg.parallel, cfg.evaluation.micro_batch_size
+def context_parallel_divides_the_evaluation(cfg: TrainingConfig) -> str | None:
+    parallel, micro = cfg.parallel, cfg.evaluation.micro_batch_size if isinstance(cfg, LanguageModelConfig) else None
     if micro is None:
         return None
     tp = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
@@ -383,7 +396,7 @@ def context_parallel_divides_the_evaluation(cfg: PretrainConfig) -> str | None:
     )
 
 
-def pipeline_divides_the_layers(cfg: PretrainConfig) -> str | None:
+def pipeline_divides_the_layers(cfg: TrainingConfig) -> str | None:
     stages, pieces = cfg.parallel.pipeline_model_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size or 1
     layers = model_fields(cfg).get("num_layers")
     if layers is None or layers % (stages * pieces) == 0 or any(name in cfg.model.mcore for name in _UNEVEN_STAGES):
@@ -395,7 +408,7 @@ def pipeline_divides_the_layers(cfg: PretrainConfig) -> str | None:
     )
 
 
-def interleaving_has_a_pipeline(cfg: PretrainConfig) -> str | None:
+def interleaving_has_a_pipeline(cfg: TrainingConfig) -> str | None:
     pieces = cfg.parallel.virtual_pipeline_model_parallel_size
     if pieces is None or cfg.parallel.pipeline_model_parallel_size > 1:
         return None
@@ -405,7 +418,7 @@ def interleaving_has_a_pipeline(cfg: PretrainConfig) -> str | None:
     )
 
 
-def expert_parallel_has_experts(cfg: PretrainConfig) -> str | None:
+def expert_parallel_has_experts(cfg: TrainingConfig) -> str | None:
     experts = model_fields(cfg).get("num_moe_experts")
     for name, unset in (("expert_model_parallel_size", 1), ("expert_tensor_parallel_size", None)):
         got = getattr(cfg.parallel, name)
@@ -417,7 +430,7 @@ def expert_parallel_has_experts(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def experts_with_tensor_parallel_have_sequence_parallel(cfg: PretrainConfig) -> str | None:
+def experts_with_tensor_parallel_have_sequence_parallel(cfg: TrainingConfig) -> str | None:
     tp = cfg.parallel.tensor_model_parallel_size
     if model_fields(cfg).get("num_moe_experts") is None or tp == 1 or cfg.parallel.sequence_parallel:
         return None
@@ -427,7 +440,7 @@ def experts_with_tensor_parallel_have_sequence_parallel(cfg: PretrainConfig) -> 
     )
 
 
-def param_gather_has_a_distributed_optimizer(cfg: PretrainConfig) -> str | None:
+def param_gather_has_a_distributed_optimizer(cfg: TrainingConfig) -> str | None:
     parallel = cfg.parallel
     if not parallel.overlap_param_gather or (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         return None
@@ -437,7 +450,7 @@ def param_gather_has_a_distributed_optimizer(cfg: PretrainConfig) -> str | None:
     )
 
 
-def profiled_steps_are_trained(cfg: PretrainConfig) -> str | None:
+def profiled_steps_are_trained(cfg: LanguageModelConfig) -> str | None:
     if cfg.profile.steps is None:
         return None
     first, last = cfg.profile.steps
@@ -450,7 +463,7 @@ def profiled_steps_are_trained(cfg: PretrainConfig) -> str | None:
     )
 
 
-def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
+def profile_settings_are_used(cfg: LanguageModelConfig) -> str | None:
     if cfg.profile.steps is not None:
         return None
     for name in ("ranks", "record"):
@@ -460,7 +473,7 @@ def profile_settings_are_used(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def spikes_are_looked_for(cfg: PretrainConfig) -> str | None:
+def spikes_are_looked_for(cfg: LanguageModelConfig) -> str | None:
     if cfg.stability.spike_threshold > 0.0:
         return None
     for name in ("spike_window_steps", "on_spike", "max_rollbacks"):
@@ -470,14 +483,14 @@ def spikes_are_looked_for(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def rollbacks_are_made(cfg: PretrainConfig) -> str | None:
+def rollbacks_are_made(cfg: LanguageModelConfig) -> str | None:
     got = cfg.stability.max_rollbacks
     if got == StabilityConfig.model_fields["max_rollbacks"].default or cfg.stability.on_spike == "rollback":
         return None
     return f"stability.max_rollbacks: got {got}, which has no effect with stability.on_spike {cfg.stability.on_spike}"
 
 
-def rollback_has_checkpoints(cfg: PretrainConfig) -> str | None:
+def rollback_has_checkpoints(cfg: LanguageModelConfig) -> str | None:
     if cfg.stability.on_spike != "rollback" or cfg.checkpoint.interval_steps > 0:
         return None
     return (
@@ -485,7 +498,7 @@ def rollback_has_checkpoints(cfg: PretrainConfig) -> str | None:
     )
 
 
-def hangs_are_seen_before_collectives_give_up(cfg: PretrainConfig) -> str | None:
+def hangs_are_seen_before_collectives_give_up(cfg: TrainingConfig) -> str | None:
     got = cfg.faults.hang_timeout_minutes
     if got < COLLECTIVE_TIMEOUT_MINUTES:
         return None
@@ -495,7 +508,7 @@ def hangs_are_seen_before_collectives_give_up(cfg: PretrainConfig) -> str | None
     )
 
 
-def streaming_owns_recomputation(cfg: PretrainConfig) -> str | None:
+def streaming_owns_recomputation(cfg: TrainingConfig) -> str | None:
     got = cfg.model.mcore.get("recompute_granularity")
     if not cfg.stream.layers or got is None:
         return None
@@ -505,7 +518,7 @@ def streaming_owns_recomputation(cfg: PretrainConfig) -> str | None:
     )
 
 
-def streaming_settings_are_used(cfg: PretrainConfig) -> str | None:
+def streaming_settings_are_used(cfg: TrainingConfig) -> str | None:
     if cfg.stream.layers:
         return None
     for name in ("chunk_tokens", "memory_budget_gb"):
@@ -515,7 +528,7 @@ def streaming_settings_are_used(cfg: PretrainConfig) -> str | None:
     return None
 
 
-def chunks_have_one_origin(cfg: PretrainConfig) -> str | None:
+def chunks_have_one_origin(cfg: TrainingConfig) -> str | None:
     chunk, budget = cfg.stream.chunk_tokens, cfg.stream.memory_budget_gb
     if chunk is None or budget is None:
         return None
@@ -525,7 +538,7 @@ def chunks_have_one_origin(cfg: PretrainConfig) -> str | None:
     )
 
 
-def chunks_divide_among_sequence_parallel_ranks(cfg: PretrainConfig) -> str | None:
+def chunks_divide_among_sequence_parallel_ranks(cfg: TrainingConfig) -> str | None:
     chunk, tp = cfg.stream.chunk_tokens, cfg.parallel.tensor_model_parallel_size
     if chunk is None or not cfg.parallel.sequence_parallel or chunk >= tp:
         return None
@@ -535,11 +548,120 @@ def chunks_divide_among_sequence_parallel_ranks(cfg: PretrainConfig) -> str | No
     )
 
 
-def mcore_model_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
+def answers_have_an_online_reference(cfg: SftConfig) -> str | None:
+    needed = reference_streams(cfg.objective)
+    if not needed or cfg.objective.reference is not None:
+        return None
+    return (
+        f"objective.reference: objective.scorer {cfg.objective.scorer} reads {needed[0]}, and answers have no sidecars; set "
+        "objective.reference.checkpoint, or choose scorer loss or random"
+    )
+
+
+def answers_are_not_split(cfg: SftConfig) -> str | None:
+    if cfg.evaluation.split_fraction is None:
+        return None
+    return "evaluation.split_fraction: held-out answers have no reference losses to be split by; remove it"
+
+
+def policy_starts_from_weights(cfg: RLConfig) -> str | None:
+    if cfg.model.init_from is not None:
+        return None
+    return "model.init_from: missing, expected the run folder or checkpoint of the policy to start from"
+
+
+def decay_of_rollouts_has_an_end(cfg: RLConfig) -> str | None:
+    optimizer = cfg.optimizer
+    if optimizer.lr_decay_style == "constant" or optimizer.lr_decay_tokens is not None:
+        return None
+    return (
+        f"optimizer.lr_decay_tokens: missing, expected the tokens over which lr_decay_style {optimizer.lr_decay_style} goes "
+        "down: how many tokens rollouts will have is not known beforehand"
+    )
+
+
+def rollouts_fit_into_a_row(cfg: RLConfig) -> str | None:
+    longest, got = cfg.data.max_prompt_tokens + cfg.rollout.max_new_tokens, cfg.data.seq_length
+    if longest <= got:
+        return None
+    return (
+        f"data.seq_length: got {got}, expected at least {longest}: data.max_prompt_tokens ({cfg.data.max_prompt_tokens}) + "
+        f"rollout.max_new_tokens ({cfg.rollout.max_new_tokens}), as no rollout is cut"
+    )
+
+
+def server_settings_are_used(cfg: RLConfig) -> str | None:
+    other = {"embedded": ("url", "weights_dir"), "server": ("max_batch",)}[cfg.rollout.engine]
+    for name in other:
+        got = getattr(cfg.rollout, name)
+        if got != RolloutConfig.model_fields[name].default:
+            return f"rollout.{name}: got {got!r}, which has no effect with rollout.engine {cfg.rollout.engine}; remove it"
+    return None
+
+
+def server_is_known(cfg: RLConfig) -> str | None:
+    if cfg.rollout.engine != "server":
+        return None
+    for name, example in (("url", "http://localhost:8000"), ("weights_dir", "a folder that both can read")):
+        if getattr(cfg.rollout, name) is None:
+            return f"rollout.{name}: missing with rollout.engine server, expected {example}"
+    return None
+
+
+def updates_divide_the_prompts(cfg: RLConfig) -> str | None:
+    prompts, updates = cfg.rollout.prompts_per_step, cfg.objective.updates_per_rollout
+    if prompts % updates == 0:
+        return None
+    return f"objective.updates_per_rollout: got {updates}, expected a divisor of rollout.prompts_per_step ({prompts})"
+
+
+def kl_settings_are_used(cfg: RLConfig) -> str | None:
+    if cfg.objective.kl_coef > 0.0:
+        return None
+    for name in ("kl_in", "kl_estimator", "reference_reset_steps"):
+        got = getattr(cfg.objective, name)
+        if got != PolicyConfig.model_fields[name].default:
+            return f"objective.{name}: got {got!r}, which has no effect with objective.kl_coef 0"
+    return None
+
+
+def overlong_buffer_is_used(cfg: RLConfig) -> str | None:
+    got, overlong = cfg.objective.overlong_buffer_tokens, cfg.objective.overlong
+    if got == 0 or overlong == "penalty":
+        return None
+    return f"objective.overlong_buffer_tokens: got {got}, which has no effect with objective.overlong {overlong}"
+
+
+def overlong_buffer_fits(cfg: RLConfig) -> str | None:
+    got, limit = cfg.objective.overlong_buffer_tokens, cfg.rollout.max_new_tokens
+    if got <= limit:
+        return None
+    return f"objective.overlong_buffer_tokens: got {got}, expected at most rollout.max_new_tokens ({limit})"
+
+
+def format_has_a_pattern(cfg: RLConfig) -> str | None:
+    for index, each in enumerate(cfg.verifiers):
+        if (each.kind == "format") != (each.pattern is not None):
+            wanted = (
+                "missing, expected a regular expression"
+                if each.pattern is None
+                else f"got {each.pattern!r}, which has no effect"
+            )
+            return f"verifiers.{index}.pattern: {wanted} with kind {each.kind}"
+    return None
+
+
+def rollouts_have_no_budget(cfg: RLConfig) -> str | None:
+    if cfg.stream.memory_budget_gb is None:
+        return None
+    return "stream.memory_budget_gb: not known for rollouts in this version; set stream.chunk_tokens instead"
+
+
+def mcore_model_keys_are_not_ours(cfg: TrainingConfig) -> str | None:
     return _declared_twice("model", cfg.model.mcore)
 
 
-def mcore_optimizer_keys_are_not_ours(cfg: PretrainConfig) -> str | None:
+def mcore_optimizer_keys_are_not_ours(cfg: TrainingConfig) -> str | None:
     return _declared_twice("optimizer", cfg.optimizer.mcore)
 
 
@@ -555,12 +677,11 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     param_gather_has_a_distributed_optimizer,
 )
 
-RULES: tuple[Rule, ...] = (
+TRAINING_RULES: tuple[Rule, ...] = (
     preset_exists,
     sequence_fits_the_preset,
     rotary_settings_have_rotary_angles,
     activation_is_known,
-    global_batch_is_whole_micro_batches,
     min_lr_is_below_lr,
     warmup_ends_before_decay,
     constant_has_no_decay,
@@ -568,28 +689,10 @@ RULES: tuple[Rule, ...] = (
     wsd_fits,
     wsd_tokens_need_wsd,
     wsd_style_needs_wsd,
-    top_fraction_has_a_scorer,
-    scorer_is_used,
-    fraction_is_used,
-    scope_is_used,
-    second_set_is_used,
-    second_set_has_another_scorer,
-    combine_has_two_sets,
-    kept_share_is_known_to_the_routers,
-    reference_is_used,
-    reference_losses_have_one_origin,
-    streams_are_known,
     held_out_names_are_plain,
     evaluation_has_corpora,
-    held_out_streams_are_read,
-    split_has_a_reference,
     kept_checkpoints_are_saved,
     *LAYOUT_RULES,
-    profiled_steps_are_trained,
-    profile_settings_are_used,
-    spikes_are_looked_for,
-    rollbacks_are_made,
-    rollback_has_checkpoints,
     hangs_are_seen_before_collectives_give_up,
     streaming_owns_recomputation,
     streaming_settings_are_used,
@@ -599,8 +702,53 @@ RULES: tuple[Rule, ...] = (
     mcore_optimizer_keys_are_not_ours,
 )
 
+LANGUAGE_MODEL_RULES: tuple[Rule, ...] = (
+    *TRAINING_RULES,
+    global_batch_is_whole_micro_batches,
+    top_fraction_has_a_scorer,
+    scorer_is_used,
+    fraction_is_used,
+    scope_is_used,
+    second_set_is_used,
+    second_set_has_another_scorer,
+    combine_has_two_sets,
+    kept_share_is_known_to_the_routers,
+    reference_is_used,
+    profiled_steps_are_trained,
+    profile_settings_are_used,
+    spikes_are_looked_for,
+    rollbacks_are_made,
+    rollback_has_checkpoints,
+)
 
-def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: bool = False) -> list[str]:
+RULES: Mapping[type[TrainingConfig], tuple[Rule, ...]] = {
+    PretrainConfig: (
+        *LANGUAGE_MODEL_RULES,
+        reference_losses_have_one_origin,
+        streams_are_known,
+        held_out_streams_are_read,
+        split_has_a_reference,
+    ),
+    SftConfig: (*LANGUAGE_MODEL_RULES, answers_have_an_online_reference, answers_are_not_split),
+    RLConfig: (
+        *TRAINING_RULES,
+        policy_starts_from_weights,
+        decay_of_rollouts_has_an_end,
+        rollouts_fit_into_a_row,
+        server_settings_are_used,
+        server_is_known,
+        updates_divide_the_prompts,
+        kl_settings_are_used,
+        overlong_buffer_is_used,
+        overlong_buffer_fits,
+        format_has_a_pattern,
+        rollouts_have_no_budget,
+    ),
+}
+"""Which rules a configuration has to keep."""
+
+
+def problems(cfg: TrainingConfig, *, world_size: int | None = None, partial: bool = False) -> list[str]:
     """Run every rule.
 
     Args:
@@ -608,10 +756,14 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
         world_size: number of ranks, when known.
         partial: `cfg` lacks the values that could not be parsed; a rule that needs one of those has nothing to say.
     """
-    rules = list(RULES)
+    rules = list(RULES[type(cfg)])
     if world_size is not None:
-        rules.append(lambda each: _batch_fits_the_world(each, world_size))
-        rules.append(lambda each: _profiled_ranks_exist(each, world_size))
+        rules.append(lambda each: _layout_fits_the_world(each, world_size))
+        if isinstance(cfg, LanguageModelConfig):
+            rules.append(lambda each: _batch_fits_the_world(each, world_size))
+            rules.append(lambda each: _profiled_ranks_exist(each, world_size))
+        if isinstance(cfg, RLConfig):
+            rules.append(lambda each: _prompts_fit_the_world(each, world_size))
     found = []
     for rule in rules:
         try:
@@ -625,12 +777,12 @@ def problems(cfg: PretrainConfig, *, world_size: int | None = None, partial: boo
     return found
 
 
-def layout_problems(cfg: PretrainConfig) -> list[str]:
+def layout_problems(cfg: TrainingConfig) -> list[str]:
     """Run the rules about how a model and its micro-batches are divided over ranks."""
     return [message for rule in LAYOUT_RULES if (message := rule(cfg)) is not None]
 
 
-def check(cfg: PretrainConfig, *, world_size: int | None = None) -> None:
+def check(cfg: TrainingConfig, *, world_size: int | None = None) -> None:
     """Raise one ConfigError with everything `problems` finds; for configurations that were built in Python."""
     found = problems(cfg, world_size=world_size)
     if found:
@@ -659,13 +811,33 @@ def layout_mistakes(cfg: ParallelConfig, world_size: int) -> list[str]:
     return mistakes
 
 
-def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
+def _layout_fits_the_world(cfg: TrainingConfig, world_size: int) -> str | None:
+    return next(iter(layout_mistakes(cfg.parallel, world_size)), None)
+
+
+def _ranks_of_a_copy(cfg: ParallelConfig) -> int:
+    return cfg.tensor_model_parallel_size * cfg.pipeline_model_parallel_size * cfg.context_parallel_size
+
+
+def _prompts_fit_the_world(cfg: RLConfig, world_size: int) -> str | None:
+    dp, prompts, updates = (
+        world_size // _ranks_of_a_copy(cfg.parallel),
+        cfg.rollout.prompts_per_step,
+        cfg.objective.updates_per_rollout,
+    )
+    if dp == 0 or prompts % (dp * updates) == 0 or prompts % updates:
+        return None
+    return (
+        f"rollout.prompts_per_step: got {prompts}, expected a multiple of {dp * updates}: data-parallel size ({dp}) x "
+        f"objective.updates_per_rollout ({updates})"
+    )
+
+
+def _batch_fits_the_world(cfg: LanguageModelConfig, world_size: int) -> str | None:
     parallel = cfg.parallel
-    mistakes = layout_mistakes(parallel, world_size)
-    if mistakes:
-        return mistakes[0]
-    pp = parallel.pipeline_model_parallel_size
-    ranks = parallel.tensor_model_parallel_size * pp * parallel.context_parallel_size
+    if layout_mistakes(parallel, world_size):
+        return None  # has its own rule
+    pp, ranks = parallel.pipeline_model_parallel_size, _ranks_of_a_copy(parallel)
     dp, micro, total = world_size // ranks, cfg.batch.micro_batch_size, cfg.batch.global_batch_size
     if total % micro:
         return None  # has its own rule
@@ -682,27 +854,28 @@ def _batch_fits_the_world(cfg: PretrainConfig, world_size: int) -> str | None:
     return None
 
 
-def _profiled_ranks_exist(cfg: PretrainConfig, world_size: int) -> str | None:
+def _profiled_ranks_exist(cfg: LanguageModelConfig, world_size: int) -> str | None:
     missing = [rank for rank in cfg.profile.ranks if rank >= world_size]
     if not missing:
         return None
     return f"profile.ranks: got {missing[0]}, expected ranks from 0 to {world_size - 1}, those of the run"
 
 
-def _decay_end(cfg: PretrainConfig) -> tuple[int, str]:
+def _decay_end(cfg: TrainingConfig) -> tuple[int, str] | None:
+    """Where the learning rate has come down, and which key says so; None where nothing does."""
     if cfg.optimizer.lr_decay_tokens is not None:
         return cfg.optimizer.lr_decay_tokens, "optimizer.lr_decay_tokens"
-    return cfg.train.train_tokens, "train.train_tokens"
+    return (cfg.train.train_tokens, "train.train_tokens") if isinstance(cfg.train, TrainConfig) else None
 
 
-def _only_with_wsd(cfg: PretrainConfig, name: str) -> str | None:
+def _only_with_wsd(cfg: TrainingConfig, name: str) -> str | None:
     got, default = getattr(cfg.optimizer, name), OptimizerConfig.model_fields[name].default
     if got == default or cfg.optimizer.lr_decay_style == "WSD":
         return None
     return f"optimizer.{name}: got {got!r}, which has no effect with optimizer.lr_decay_style {cfg.optimizer.lr_decay_style}"
 
 
-def _only_with_top_fraction(cfg: PretrainConfig, name: str) -> str | None:
+def _only_with_top_fraction(cfg: LanguageModelConfig, name: str) -> str | None:
     got, default = getattr(cfg.objective, name), ObjectiveConfig.model_fields[name].default
     if got == default or cfg.objective.weighting == "top_fraction":
         return None

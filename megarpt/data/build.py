@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed import ProcessGroup
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import PretrainConfig, TrainingConfig
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.data.batches import TokenBatches
 from megarpt.data.windows import WindowDataset
@@ -57,7 +57,7 @@ def build_train_batches(
     return batches
 
 
-def build_eval_sets(cfg: PretrainConfig, tokenizer: Tokenizer, streams: Sequence[str] = ()) -> dict[str, WindowDataset]:
+def build_eval_sets(cfg: TrainingConfig, tokenizer: Tokenizer, streams: Sequence[str] = ()) -> dict[str, WindowDataset]:
     """The held-out corpora by name, for `evaluation_batches`, each with those of `streams` that it has a sidecar of.
 
     Raises:
@@ -74,7 +74,7 @@ def build_eval_sets(cfg: PretrainConfig, tokenizer: Tokenizer, streams: Sequence
     return datasets
 
 
-def open_corpus(cfg: PretrainConfig, tokenizer: Tokenizer, prefix: str, *, where: str) -> WindowDataset:
+def open_corpus(cfg: TrainingConfig, tokenizer: Tokenizer, prefix: str, *, where: str) -> WindowDataset:
     """One corpus cut into the run's windows; `where` is the configuration key that named it.
 
     Raises:

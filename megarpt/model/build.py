@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megarpt.config.presets import PRESETS
-from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, ModelConfig, PretrainConfig
+from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, LanguageModelConfig, ModelConfig, TrainingConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import ConfigError
 from megarpt.model.specs import Backend, decoder_spec, default_backend
@@ -48,7 +48,7 @@ def model_mistakes(cfg: ModelConfig) -> list[str]:
     return unknown_fields("model.mcore", {k: v for k, v in cfg.mcore.items() if k != "activation"}, TransformerConfig)
 
 
-def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: bool) -> TransformerConfig:
+def transformer_config(cfg: TrainingConfig, layout: ParallelLayout, *, is_cuda: bool) -> TransformerConfig:
     """megatron-core's TransformerConfig of a run.
 
     Raises:
@@ -94,7 +94,7 @@ def transformer_config(cfg: PretrainConfig, layout: ParallelLayout, *, is_cuda: 
         raise ConfigError(f"model.mcore: megatron-core refuses this model: {error}") from error
 
 
-def _per_token(coefficient: Any, cfg: PretrainConfig, layout: ParallelLayout) -> Any:
+def _per_token(coefficient: Any, cfg: TrainingConfig, layout: ParallelLayout) -> Any:
     """The auxiliary loss' coefficient such that it weighs the same under every layout and selection.
 
     megatron-core multiplies the loss by the tokens of one rank of the tensor- and context-parallel group, and divides it by
@@ -102,7 +102,9 @@ def _per_token(coefficient: Any, cfg: PretrainConfig, layout: ParallelLayout) ->
     """
     if isinstance(coefficient, list):
         return [_per_token(each, cfg, layout) for each in coefficient]
-    kept = cfg.objective.fraction if cfg.objective.weighting == "top_fraction" else 1.0
+    kept = 1.0
+    if isinstance(cfg, LanguageModelConfig) and cfg.objective.weighting == "top_fraction":
+        kept = cfg.objective.fraction
     return coefficient * layout.tp * layout.cp * kept
 
 
@@ -123,7 +125,7 @@ def padded_vocab_size(cfg: ModelConfig, tokenizer_vocab_size: int, tp: int) -> i
 
 
 def build_network(
-    cfg: PretrainConfig,
+    cfg: TrainingConfig,
     config: TransformerConfig,
     groups: ProcessGroups | None,
     *,
@@ -158,7 +160,7 @@ def build_network(
 
 
 def build_model(
-    cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
+    cfg: TrainingConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
 ) -> list[DistributedDataParallel]:
     """The network of this rank as model chunks, in its precision, on its device, ready for megatron-core's schedules.
 
@@ -192,7 +194,7 @@ def build_model(
 
 
 def build_inference_network(
-    cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
+    cfg: TrainingConfig, layout: ParallelLayout, groups: ProcessGroups, runtime: Runtime, *, vocab_size: int
 ) -> TokenStatsGPT:
     """The network of a finished run: parameters in its precision, no optimizer, no gradient buffers."""
     config = transformer_config(cfg, layout, is_cuda=runtime.is_cuda)

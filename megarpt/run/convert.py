@@ -23,7 +23,7 @@ from torch import Tensor
 import megarpt
 from megarpt.config.hf_settings import Architecture, from_model_config, read_settings, to_model_config, write_settings
 from megarpt.config.load import config_from_dict, config_hash, dump_resolved
-from megarpt.config.schema import ParallelConfig, PretrainConfig
+from megarpt.config.schema import ParallelConfig, TrainingConfig
 from megarpt.corpus.atomic import fsync_directory, require_free_bytes, write_errors
 from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 from megarpt.device.runtime import Runtime
@@ -268,7 +268,7 @@ def _with_vocabulary(architecture: Architecture, vocab_size: int | None, tokeniz
 
 def _imported_config(
     architecture: Architecture, output: Path, tokenizer: Path, seq_length: int | None, precision: str
-) -> PretrainConfig:
+) -> TrainingConfig:
     """The configuration of a run that was never made here: what the model is, and what its commands ask for."""
     length = seq_length or min(architecture.max_sequence_length, _MAX_WINDOW)
     return config_from_dict(
@@ -286,7 +286,7 @@ def _imported_config(
     )
 
 
-def _empty_network(cfg: PretrainConfig, layout: ParallelLayout, groups: ProcessGroups, vocab_size: int) -> TokenStatsGPT:
+def _empty_network(cfg: TrainingConfig, layout: ParallelLayout, groups: ProcessGroups, vocab_size: int) -> TokenStatsGPT:
     """The network of a configuration on the meta device: names, shapes and how it is stored, without memory."""
     config = build.transformer_config(cfg, layout, is_cuda=False)
     config.perform_initialization = False
@@ -392,7 +392,7 @@ def _versions() -> dict[str, Any]:
     }
 
 
-def _said(cfg: PretrainConfig) -> str:
+def _said(cfg: TrainingConfig) -> str:
     """For people: how a configuration names the model."""
     gpt = {name: value for name, value in cfg.model.gpt.model_dump().items() if value is not None}
     changed = {**{f"model.mcore.{k}": v for k, v in cfg.model.mcore.items()}, **{f"model.gpt.{k}": v for k, v in gpt.items()}}

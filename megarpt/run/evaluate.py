@@ -16,7 +16,7 @@ from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
 from megarpt.parallel.layout import ParallelLayout
 from megarpt.run.contents import verify_contents
-from megarpt.run.pretrained import load_pretrained
+from megarpt.run.pretrained import held_out_corpora, load_pretrained
 from megarpt.train.evaluation import evaluate
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reports import EvaluationResult
@@ -42,7 +42,7 @@ def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
         options.checkpoint, runtime, layout, groups, options.parallel, micro_batch_size=options.micro_batch_size
     )
     cfg = trained.config
-    corpora = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()} or cfg.data.valid
+    corpora = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()} or held_out_corpora(cfg)
     if not corpora:
         raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megarpt.config.schema import HeldOutCorpus, ParallelConfig, PretrainConfig
+from megarpt.config.schema import HeldOutCorpus, ParallelConfig, PretrainConfig, TrainingConfig
 from megarpt.config.validate import layout_problems
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.device.runtime import Runtime
@@ -23,18 +23,23 @@ class Pretrained:
     """What a checkpoint holds, ready to be asked."""
 
     checkpoint: Path
-    config: PretrainConfig
+    config: TrainingConfig
     tokenizer: Tokenizer
     network: TokenStatsGPT
 
 
-def only_held_out(config: PretrainConfig) -> HeldOutCorpus:
+def held_out_corpora(config: TrainingConfig) -> dict[str, HeldOutCorpus]:
+    """The tokenized corpora that a run was evaluated on, by name; those of `megarpt sft` and `megarpt rl` have none."""
+    return config.data.valid if isinstance(config, PretrainConfig) else {}
+
+
+def only_held_out(config: TrainingConfig) -> HeldOutCorpus:
     """The held-out corpus of a run that has one, for tools that look at one corpus.
 
     Raises:
         ConfigError: it has none or several.
     """
-    valid = config.data.valid
+    valid = held_out_corpora(config)
     if len(valid) != 1:
         raise ConfigError(
             f"--corpus: the run has {len(valid)} held-out corpora ({', '.join(valid) or 'none'}), expected exactly one to take "

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megarpt.config.schema import ObjectiveConfig, ParallelConfig, PretrainConfig
+from megarpt.config.schema import LanguageModelConfig, ObjectiveConfig, ParallelConfig, TrainingConfig
 from megarpt.config.validate import STREAM_OF_SCORER
 from megarpt.corpus.indexed import CorpusIndex, CorpusWriter, bin_path, manifest_path, token_dtype
 from megarpt.corpus.manifest import CorpusManifest, SidecarManifest, TokenizerRecord
@@ -32,7 +32,7 @@ from megarpt.log import terminal
 from megarpt.model.forward import token_stats
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
-from megarpt.run.pretrained import Pretrained, load_pretrained, only_held_out
+from megarpt.run.pretrained import Pretrained, held_out_corpora, load_pretrained, only_held_out
 from megarpt.run.selection_page import Selection, ShownDocument, ShownToken, token_texts
 from megarpt.structs import Progress, TokenBatch, TokenStats
 from megarpt.train.progress import ProgressLine
@@ -108,13 +108,13 @@ def select_tokens(options: SelectionOptions, runtime: Runtime) -> Selection:
     )
 
 
-def selection_rule(cfg: PretrainConfig, options: SelectionOptions) -> ObjectiveConfig:
+def selection_rule(cfg: TrainingConfig, options: SelectionOptions) -> ObjectiveConfig:
     """The student's own rule with what the options replace; excess loss at 60% for a student that selected nothing.
 
     Raises:
         ConfigError: a value is not allowed.
     """
-    own = cfg.objective
+    own = objective_of(cfg)
     selects = own.weighting == "top_fraction"
     chosen = {
         "scorer": options.scorer or (own.scorer if selects else "excess_loss"),
@@ -125,6 +125,11 @@ def selection_rule(cfg: PretrainConfig, options: SelectionOptions) -> ObjectiveC
     if not 0.0 < float(str(chosen["fraction"])) <= 1.0:
         raise ConfigError(f"--fraction: got {chosen['fraction']}, expected a number above 0 and at most 1")
     return ObjectiveConfig.model_validate(chosen)
+
+
+def objective_of(cfg: TrainingConfig) -> ObjectiveConfig:
+    """What tokens were worth in a run; plain language modeling for a policy."""
+    return cfg.objective if isinstance(cfg, LanguageModelConfig) else ObjectiveConfig()
 
 
 class _Shown(NamedTuple):
@@ -223,12 +228,12 @@ def _reference(
 
     Without one asked for, the student's own is taken: its online reference, or the sidecar of its held-out corpus.
     """
-    cfg, needed = student.config, STREAM_OF_SCORER.get(rule.scorer)
+    own, needed = objective_of(student.config).reference, STREAM_OF_SCORER.get(rule.scorer)
     path = options.reference
-    if path is None and cfg.objective.reference is not None:
-        path = cfg.objective.reference.checkpoint
+    if path is None and own is not None:
+        path = own.checkpoint
     if path is None and not options.texts and needed is not None:
-        named = {corpus.path: corpus.streams for corpus in cfg.data.valid.values()}
+        named = {corpus.path: corpus.streams for corpus in held_out_corpora(student.config).values()}
         path = named.get(datasets[0].prefix, {}).get(needed)
     if path is None:
         if needed is None:
@@ -254,8 +259,8 @@ def _reference(
         ParallelLayout(),
         groups,
         ParallelConfig(),
-        micro_batch_size=cfg.batch.micro_batch_size,
-        seq_length=cfg.data.seq_length,
+        micro_batch_size=student.config.batch.micro_batch_size,
+        seq_length=student.config.data.seq_length,
     )
     if model.tokenizer.sha256 != student.tokenizer.sha256:
         raise ConfigError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import megarpt
 from megarpt.config.load import config_hash, dump_resolved
-from megarpt.config.schema import PretrainConfig, SubmitOptions
+from megarpt.config.schema import SubmitOptions, TrainingConfig
 from megarpt.corpus.atomic import atomic_write_bytes, write_errors
 from megarpt.errors import EXIT_ENVIRONMENT, EXIT_OK, ConfigError, MegarptError
 
@@ -30,7 +30,7 @@ class SlurmError(MegarptError):
     exit_code = EXIT_ENVIRONMENT
 
 
-def run(cfg: PretrainConfig, options: SubmitOptions) -> int:
+def run(cfg: TrainingConfig, options: SubmitOptions) -> int:
     """Render, check, submit, and say where to look.
 
     Raises:
@@ -138,7 +138,7 @@ def _sbatch_option(text: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-def _check_devices(cfg: PretrainConfig, options: SubmitOptions) -> None:
+def _check_devices(cfg: TrainingConfig, options: SubmitOptions) -> None:
     device, gpus, ranks = cfg.run.device, options.gpus_per_node, options.ranks()
     if device == "cpu" and gpus:
         raise ConfigError(

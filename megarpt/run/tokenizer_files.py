@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import TrainingConfig
 from megarpt.corpus.tokenizers import Tokenizer, load_tokenizer
 from megarpt.errors import CheckpointError, DataError
 from megarpt.train.checkpoint_files import read_manifest
 
 
-def find_tokenizer(config: PretrainConfig, checkpoint: Path) -> Tokenizer:
+def find_tokenizer(config: TrainingConfig, checkpoint: Path) -> Tokenizer:
     """The tokenizer the checkpoint was trained with.
 
     Raises:
@@ -20,7 +20,7 @@ def find_tokenizer(config: PretrainConfig, checkpoint: Path) -> Tokenizer:
     return locate_tokenizer(config, checkpoint)[1]
 
 
-def locate_tokenizer(config: PretrainConfig, checkpoint: Path) -> tuple[str, Tokenizer]:
+def locate_tokenizer(config: TrainingConfig, checkpoint: Path) -> tuple[str, Tokenizer]:
     """Where the tokenizer is and what it is: as the configuration says, or the copy in the run folder or the export.
 
     Raises:

@@ -218,7 +218,9 @@ class Verification:
             "wandb_project": None,
             "histogram_interval_steps": min(histograms, often),
         }
-        return config_from_dict(tree, world_size=self._world_size)
+        resized = config_from_dict(tree, world_size=self._world_size)
+        assert isinstance(resized, PretrainConfig)
+        return resized
 
     def _attempt(self, name: str, cfg: PretrainConfig, *, first: int = 0, kill_from: int | None = None) -> None:
         """Train in processes of their own until they end, or until step `kill_from` and the checkpoint before it are there."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, PretrainConfig
+from megarpt.config.schema import DEFAULT_CHUNK_TOKENS, DEFAULT_HEAD_KEEP_MIB, LanguageModelConfig
 from megarpt.config.validate import layout_problems, ranks_by_student
 from megarpt.errors import ConfigError
 from megarpt.streaming.activations import Peak, Way, Work, kept_share, peak_of
@@ -95,7 +95,7 @@ class Situation:
     weight_unit: int = 0  # tokens whose weights follow from themselves; 1: known before; 0: known only when all are there
 
     @classmethod
-    def of(cls, cfg: PretrainConfig, *, vocab_size: int, on_cpu: bool, world_size: int | None = None) -> Situation:
+    def of(cls, cfg: LanguageModelConfig, *, vocab_size: int, on_cpu: bool, world_size: int | None = None) -> Situation:
         """Of a run; `world_size` None is the smallest that holds one copy of the model.
 
         Raises:
@@ -247,7 +247,7 @@ def static_bytes(shape: Shape, stage: Stage) -> tuple[float, float, float, float
     return count * shape.item_bytes, count * _FP32, each * owned, step
 
 
-def within_budget(cfg: PretrainConfig, *, world_size: int, vocab_size: int, on_cpu: bool) -> PretrainConfig:
+def within_budget(cfg: LanguageModelConfig, *, world_size: int, vocab_size: int, on_cpu: bool) -> LanguageModelConfig:
     """The configuration with `stream.chunk_tokens` (and `train.head_keep_mib`, where it is not given) chosen such that a rank
     stays within `stream.memory_budget_gb`; as it is where there is no budget.
 
@@ -274,7 +274,7 @@ def within_budget(cfg: PretrainConfig, *, world_size: int, vocab_size: int, on_c
     return cfg.model_copy(update={"stream": stream, "train": cfg.train.model_copy(update={"head_keep_mib": keep_mib})})
 
 
-def _does_not_fit(cfg: PretrainConfig, situation: Situation, world_size: int, vocab_size: int) -> str:
+def _does_not_fit(cfg: LanguageModelConfig, situation: Situation, world_size: int, vocab_size: int) -> str:
     if cfg.train.head_keep_mib is None:
         situation = replace(situation, keep_bytes=0)
     unit = min(SMALLEST_CHUNK, situation.rank_tokens)
@@ -292,7 +292,9 @@ def _does_not_fit(cfg: PretrainConfig, situation: Situation, world_size: int, vo
     )
 
 
-def _what_would_help(cfg: PretrainConfig, situation: Situation, unit: int, world_size: int, vocab_size: int) -> Iterator[str]:
+def _what_would_help(
+    cfg: LanguageModelConfig, situation: Situation, unit: int, world_size: int, vocab_size: int
+) -> Iterator[str]:
     """Other settings and what a rank needs with them."""
     assert cfg.stream.memory_budget_gb is not None
     smallest = replace(situation, chunk_tokens=unit)

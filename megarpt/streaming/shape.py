@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megarpt.config.presets import PRESETS
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import TrainingConfig
 from megarpt.config.validate import layout_mistakes, model_fields
 from megarpt.errors import ConfigError
 
@@ -131,7 +131,7 @@ class Shape:
         return dense, experts
 
 
-def shape_of(cfg: PretrainConfig, world_size: int, vocab_size: int, *, on_cpu: bool) -> Shape:
+def shape_of(cfg: TrainingConfig, world_size: int, vocab_size: int, *, on_cpu: bool) -> Shape:
     """The shape of a run on `world_size` ranks with a tokenizer of `vocab_size` entries.
 
     Raises:
@@ -196,7 +196,7 @@ def shape_of(cfg: PretrainConfig, world_size: int, vocab_size: int, *, on_cpu: b
     )
 
 
-def smallest_world(cfg: PretrainConfig) -> int:
+def smallest_world(cfg: TrainingConfig) -> int:
     """Ranks that one copy of the model needs."""
     parallel = cfg.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size

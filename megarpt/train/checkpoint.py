@@ -30,7 +30,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megarpt
 from megarpt.config.load import config_hash, dump_resolved
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import TrainingConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import CheckpointError, DataError
 from megarpt.model.build import unwrap
@@ -101,7 +101,7 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, directory: Path, cfg: PretrainConfig, *, tokenizer_sha256: str, runtime: Runtime, groups: ProcessGroups
+        self, directory: Path, cfg: TrainingConfig, *, tokenizer_sha256: str, runtime: Runtime, groups: ProcessGroups
     ) -> None:
         """Take over `directory` and remove what a killed process was writing there. The run folder must be locked.
 

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from megarpt.config.load import config_from_dict
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import TrainingConfig
 from megarpt.corpus.atomic import atomic_write_json, fsync_directory
 from megarpt.errors import CheckpointError
 
@@ -136,7 +136,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"{given} {what}; expected a run folder, its checkpoints folder, or one checkpoint (step_00000100)")
 
 
-def read_config(path: str | Path) -> PretrainConfig:
+def read_config(path: str | Path) -> TrainingConfig:
     """The configuration stored inside a checkpoint; `path` as in `resolve_checkpoint`.
 
     Raises:

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from megarpt.config.load import dump_resolved
-from megarpt.config.schema import LoggingConfig, PretrainConfig
+from megarpt.config.schema import LoggingConfig, TrainingConfig
 from megarpt.corpus.atomic import cannot_write
 from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
@@ -91,7 +91,7 @@ class MetricLog:
     def open(
         cls,
         run: RunDir,
-        config: PretrainConfig,
+        config: TrainingConfig,
         *,
         resume: Progress | None,
         wandb_mode: Literal["offline", "online"] = "offline",

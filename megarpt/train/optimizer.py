@@ -12,7 +12,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megarpt.config.schema import OptimizerConfig, TrainConfig
+from megarpt.config.schema import OptimizerConfig, StepConfig, TrainConfig
 from megarpt.errors import ConfigError
 from megarpt.model.build import unknown_fields
 from megarpt.parallel.layout import ProcessGroups
@@ -26,7 +26,7 @@ def optimizer_mistakes(cfg: OptimizerConfig) -> list[str]:
 
 
 def build_optimizer(
-    cfg: OptimizerConfig, train: TrainConfig, chunks: Sequence[DistributedDataParallel], groups: ProcessGroups
+    cfg: OptimizerConfig, train: StepConfig, chunks: Sequence[DistributedDataParallel], groups: ProcessGroups
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """AdamW over the model's parameters, and the schedule that sets its learning rate.
 
@@ -54,7 +54,7 @@ def build_optimizer(
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"optimizer.mcore: megatron-core refuses these values: {error}") from error
     optimizer = get_megatron_optimizer(config, list(chunks), pg_collection=groups.collection, use_gloo_process_groups=False)
-    decay_tokens = cfg.lr_decay_tokens or train.train_tokens
+    decay_tokens = cfg.lr_decay_tokens or (train.train_tokens if isinstance(train, TrainConfig) else cfg.lr_warmup_tokens + 1)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

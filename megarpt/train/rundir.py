@@ -30,8 +30,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import ValidationError
 
-from megarpt.config.load import dump_resolved
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.load import config_kind, dump_resolved
+from megarpt.config.schema import LanguageModelConfig, TrainingConfig
 from megarpt.corpus.atomic import atomic_write_bytes, atomic_write_json, cannot_write
 from megarpt.errors import (
     EXIT_CONFIG,
@@ -127,7 +127,7 @@ class RunDir:
     @classmethod
     def open(
         cls,
-        config: PretrainConfig,
+        config: TrainingConfig,
         *,
         has_checkpoint: bool,
         command: Sequence[str] = (),
@@ -231,7 +231,7 @@ class RunDir:
             self.finish(status, "; ".join([f"{type(error).__name__}: {error}", *notes]), exit_code=exit_code)
         self.close()
 
-    def _begin(self, config: PretrainConfig, has_checkpoint: bool, command: Sequence[str], facts: Mapping[str, Any]) -> None:
+    def _begin(self, config: TrainingConfig, has_checkpoint: bool, command: Sequence[str], facts: Mapping[str, Any]) -> None:
         previous = _read_exit(self.path / "exit.json")
         if previous is not None:
             self._attempts = [*previous.pop("attempts", []), previous][-_MAX_ATTEMPTS_KEPT:]
@@ -251,7 +251,7 @@ class RunDir:
         atomic_write_json(self.path / "environment.json", self.environment)
         self._write_exit("running", None, "")
 
-    def _check_config(self, config: PretrainConfig, has_checkpoint: bool) -> None:
+    def _check_config(self, config: TrainingConfig, has_checkpoint: bool) -> None:
         stored = self.path / "config.yaml"
         if not has_checkpoint or not stored.exists():
             return
@@ -348,7 +348,7 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[D
     return [Difference(k, a.get(k, absent), b.get(k, absent)) for k in keys if a.get(k, absent) != b.get(k, absent)]
 
 
-def may_differ(difference: Difference, config: PretrainConfig) -> bool:
+def may_differ(difference: Difference, config: TrainingConfig) -> bool:
     """Whether a run may be continued although this key changed.
 
     Where and how often things are written, evaluation, the parallel layout, the device and the compilation may change. The
@@ -358,7 +358,7 @@ def may_differ(difference: Difference, config: PretrainConfig) -> bool:
     key = difference.key
     if any(key == free or key.startswith((free + ".", free + "[")) for free in _FREE_KEYS):
         return True
-    if key == "batch.micro_batch_size":
+    if key == "batch.micro_batch_size" and isinstance(config, LanguageModelConfig):
         return config.objective.weighting != "top_fraction" or config.objective.scope not in ("microbatch", "rank")
     if key == "optimizer.lr_decay_tokens":
         return config.optimizer.lr_decay_style == "constant"
@@ -368,8 +368,8 @@ def may_differ(difference: Difference, config: PretrainConfig) -> bool:
 def _filled_in(stored: Mapping[str, Any]) -> Mapping[str, Any]:
     """With the defaults of settings that the version which stored it did not have; as it is where a value is unknown today."""
     try:
-        return PretrainConfig.model_validate(stored).model_dump(mode="json")
-    except ValidationError:
+        return config_kind(stored).model_validate(stored).model_dump(mode="json")
+    except (ConfigError, ValidationError):
         return stored
 
 

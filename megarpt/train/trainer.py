@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import LanguageModelConfig
 from megarpt.data.batches import TokenBatches
 from megarpt.errors import NumericsError, StopRequested
 from megarpt.train.checkpoint import CheckpointManager, SavedCheckpoint
@@ -28,7 +28,7 @@ class Trainer:
 
     def __init__(
         self,
-        cfg: PretrainConfig,
+        cfg: LanguageModelConfig,
         step: TrainStep,
         batches: TokenBatches,
         state: TrainState,
@@ -201,7 +201,7 @@ class Trainer:
         self.run.record(self.state.progress)
 
 
-def total_steps(cfg: PretrainConfig) -> int:
+def total_steps(cfg: LanguageModelConfig) -> int:
     """Optimizer steps that see train.train_tokens tokens, rounded up."""
     return -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
 

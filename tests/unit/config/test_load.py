@@ -178,7 +178,7 @@ def test_single_mistakes(write, override, words):
 def test_missing_sections_say_what_belongs_in_them(write):
     found = mistakes(write(""))
     assert len(found) == 3
-    assert any("data: missing, expected a section with the keys tokenizer, train" in line for line in found)
+    assert any("data: missing, expected a section with the keys tokenizer, seq_length" in line for line in found)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +262,6 @@ def test_rule_failures_in_a_whole_configuration_are_not_swallowed(write, monkeyp
     def broken(cfg):
         return cfg.no_such_section
 
-    monkeypatch.setattr(load.validate, "RULES", (broken,))
+    monkeypatch.setattr(load.validate, "RULES", {PretrainConfig: (broken,)})
     with pytest.raises(AttributeError):
         load_config(write(MINIMAL))

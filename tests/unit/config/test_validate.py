@@ -1,7 +1,9 @@
+import copy
+
 import pytest
 
 from megarpt.config import validate
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import PretrainConfig, RLConfig, SftConfig
 from megarpt.errors import ConfigError
 
 STREAMS = {"data.train": [{"path": "a", "streams": {"ref_nll": "a_ref"}}]}
@@ -241,7 +243,102 @@ def test_every_rule_fires(rule, values, key):
 
 
 def test_no_rule_is_without_a_test_that_breaks_it():
-    assert set(validate.RULES) == {rule for rule, _, _ in BREAKS}
+    assert set(validate.RULES[PretrainConfig]) == {rule for rule, _, _ in BREAKS}
+
+
+ANSWERS = {"run": {"dir": "runs/x"}, "data": {"tokenizer": "bytes", "train": [{"path": "a"}]}, "train": {"train_tokens": 1000}}
+ROLLOUTS = {
+    "run": {"dir": "runs/x"},
+    "model": {"init_from": "runs/start"},
+    "data": {"tokenizer": "bytes", "train": "prompts.jsonl", "seq_length": 96, "max_prompt_tokens": 32},
+    "rollout": {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 64},
+    "verifiers": [{"kind": "next_token"}],
+    "train": {"train_steps": 3},
+}
+
+
+def changed(kind, values):
+    """A valid configuration of another command, with some keys replaced; None removes one."""
+    tree = copy.deepcopy({SftConfig: ANSWERS, RLConfig: ROLLOUTS}[kind])
+    for key, value in values.items():
+        *path, last = key.split(".")
+        section = tree
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return kind.model_validate(tree)
+
+
+SERVER = {"rollout.engine": "server", "rollout.url": "http://localhost:8000", "rollout.weights_dir": "weights"}
+OTHER_BREAKS = [
+    (SftConfig, validate.answers_have_an_online_reference, {**RHO1}, "objective.reference"),
+    (SftConfig, validate.answers_are_not_split, {"evaluation.split_fraction": 0.5}, "evaluation.split_fraction"),
+    (RLConfig, validate.policy_starts_from_weights, {"model.init_from": None}, "model.init_from"),
+    (RLConfig, validate.decay_of_rollouts_has_an_end, {"optimizer.lr_decay_style": "cosine"}, "optimizer.lr_decay_tokens"),
+    (RLConfig, validate.rollouts_fit_into_a_row, {"data.seq_length": 95}, "data.seq_length"),
+    (RLConfig, validate.server_settings_are_used, {"rollout.url": "http://localhost:8000"}, "rollout.url"),
+    (RLConfig, validate.server_settings_are_used, {**SERVER, "rollout.max_batch": 8}, "rollout.max_batch"),
+    (RLConfig, validate.server_is_known, {**SERVER, "rollout.url": None}, "rollout.url"),
+    (RLConfig, validate.server_is_known, {**SERVER, "rollout.weights_dir": None}, "rollout.weights_dir"),
+    (RLConfig, validate.updates_divide_the_prompts, {"objective.updates_per_rollout": 3}, "objective.updates_per_rollout"),
+    (RLConfig, validate.kl_settings_are_used, {"objective.kl_in": "reward"}, "objective.kl_in"),
+    (RLConfig, validate.kl_settings_are_used, {"objective.reference_reset_steps": 5}, "objective.reference_reset_steps"),
+    (RLConfig, validate.overlong_buffer_is_used, {"objective.overlong_buffer_tokens": 5}, "objective.overlong_buffer_tokens"),
+    (
+        RLConfig,
+        validate.overlong_buffer_fits,
+        {"objective.overlong": "penalty", "objective.overlong_buffer_tokens": 65},
+        "objective.overlong_buffer_tokens",
+    ),
+    (RLConfig, validate.format_has_a_pattern, {"verifiers": [{"kind": "format"}]}, "verifiers.0.pattern"),
+    (RLConfig, validate.format_has_a_pattern, {"verifiers": [{"kind": "exact", "pattern": "a"}]}, "verifiers.0.pattern"),
+    (
+        RLConfig,
+        validate.rollouts_have_no_budget,
+        {"stream.layers": True, "stream.memory_budget_gb": 10.0},
+        "stream.memory_budget_gb",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "rule", "values", "key"), OTHER_BREAKS)
+def test_rules_of_the_other_commands_fire(kind, rule, values, key):
+    message = rule(changed(kind, values))
+    assert message is not None and message.startswith(key + ":")
+    assert message in validate.problems(changed(kind, values))
+
+
+@pytest.mark.parametrize("kind", [SftConfig, RLConfig])
+def test_no_rule_of_the_other_commands_is_without_a_test_that_breaks_it(kind):
+    broken = {rule for each, rule, _, _ in OTHER_BREAKS if each is kind} | {rule for rule, _, _ in BREAKS}
+    assert set(validate.RULES[kind]) <= broken
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (SftConfig, {}),
+        (SftConfig, {**RHO1, **REFERENCE}),
+        (RLConfig, {}),
+        (RLConfig, SERVER),
+        (RLConfig, {"objective.kl_coef": 0.1, "objective.kl_in": "reward", "objective.reference_reset_steps": 5}),
+        (RLConfig, {"objective.overlong": "penalty", "objective.overlong_buffer_tokens": 64}),
+        (RLConfig, {"optimizer.lr_decay_style": "cosine", "optimizer.lr_decay_tokens": 1000}),
+        (RLConfig, {"verifiers": [{"kind": "format", "pattern": "a+"}, {"kind": "exact", "weight": 2.0}]}),
+    ],
+)
+def test_sound_configurations_of_the_other_commands_pass(kind, values):
+    assert validate.problems(changed(kind, values)) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "updates", "is_fine"), [(4, 1, True), (4, 2, True), (6, 1, True), (6, 2, False), (3, 1, False)]
+)
+def test_prompts_divide_over_the_ranks(prompts, updates, is_fine):
+    cfg = changed(RLConfig, {"rollout.prompts_per_step": prompts, "objective.updates_per_rollout": updates})
+    found = validate.problems(cfg, world_size=2)
+    assert (found == []) is is_fine
+    assert is_fine or found[-1].startswith("rollout.prompts_per_step:")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +402,7 @@ def test_all_rules_report_not_only_the_first():
 
 def test_check_raises_one_error_with_everything():
     validate.check(make())
-    with pytest.raises(ConfigError, match=r"(?s)2 mistakes.*batch\.global_batch_size.*optimizer\.min_lr"):
+    with pytest.raises(ConfigError, match=r"(?s)2 mistakes.*optimizer\.min_lr.*batch\.global_batch_size"):
         validate.check(make(**{"batch.global_batch_size": 12, "optimizer.lr": 1e-5}))
 
 
