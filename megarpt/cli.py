@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megarpt import __version__
@@ -21,16 +22,19 @@ from megarpt.config.load import AnySection, build_section, config_hash, dump_res
 from megarpt.config.schema import (
     COMMANDS,
     Device,
+    EvaluateAnswersOptions,
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
     PlanOptions,
     PretrainConfig,
+    RLConfig,
     ScoreOptions,
     SubmitOptions,
     TrainingConfig,
     VerifyResumeOptions,
 )
+from megarpt.config.yaml_source import parse_yaml
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, EXIT_RESUMABLE, ConfigError, MegarptError
 from megarpt.log import setup_logging
 
@@ -42,6 +46,11 @@ logger = logging.getLogger(__name__)
 Handler = Callable[[argparse.Namespace], int | None]
 
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+_ONLY_CORPORA = ("corpus", "max_tokens", "micro_batch_size")  # options of `megarpt evaluate`, as those that follow
+_ONLY_QUESTIONS = (
+    *("mode", "template", "verifier", "greedy", "samples", "k", "temperature", "top_k", "top_p", "seed"),
+    *("max_new_tokens", "max_prompt_tokens", "max_questions", "stop", "max_batch"),
+)
 _RANK_0_REPORTS_S = 20.0  # the launcher stops the other ranks once rank 0 has left
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports for a program stopped by ctrl-c
 
@@ -108,6 +117,14 @@ def _pretrain(args: argparse.Namespace) -> int | None:
         return pretrain.run(cfg, runtime)
 
 
+def _rl(args: argparse.Namespace) -> int | None:
+    cfg = load_config(args.config, args.overrides, kind=RLConfig, world_size=_place_in_world()[1])
+    with _machine(cfg.run.device) as runtime:
+        from megarpt.run import rl
+
+        return rl.run(cfg, runtime)
+
+
 def _score(args: argparse.Namespace) -> int | None:
     streams = tuple(name.strip() for name in args.streams.split(","))
     options = _options(ScoreOptions, args, streams=streams, parallel=_layout(args))
@@ -118,6 +135,17 @@ def _score(args: argparse.Namespace) -> int | None:
 
 
 def _evaluate(args: argparse.Namespace) -> int | None:
+    others = _ONLY_CORPORA if args.questions else _ONLY_QUESTIONS
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [])]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: no effect {'with' if args.questions else 'without'} --questions; expected options of one kind, "
+            "as one command evaluates either held-out corpora or questions"
+        )
+    return _evaluate_answers(args) if args.questions else _evaluate_corpora(args)
+
+
+def _evaluate_corpora(args: argparse.Namespace) -> int | None:
     corpora: dict[str, str] = {}
     for text in args.corpus:
         name, equals, prefix = text.partition("=")
@@ -130,6 +158,41 @@ def _evaluate(args: argparse.Namespace) -> int | None:
         from megarpt.run import evaluate
 
         return evaluate.run(options, runtime)
+
+
+def _evaluate_answers(args: argparse.Namespace) -> int | None:
+    questions: dict[str, str] = {}
+    for text in args.questions:
+        name, equals, path = text.partition("=")
+        name, path = (name, path) if equals else (Path(text).stem, text)
+        if not name or name in questions:
+            reason = "a second of this name; name it: NAME=FILE" if name else "expected FILE or NAME=FILE"
+            raise ConfigError(f"--questions: got {text!r}, {reason}")
+        questions[name] = path
+    k = [each.strip() for each in (args.k or "").split(",") if each.strip()]
+    if not all(each.isdecimal() for each in k):
+        raise ConfigError(f"--k: got {args.k!r}, expected numbers with commas between them, for example 1,8")
+    replaced: dict[str, object] = {"questions": questions, "k": tuple(map(int, k)), "parallel": _layout(args)}
+    if args.stop is not None:
+        replaced["stop"] = tuple(args.stop)
+    options = _options(EvaluateAnswersOptions, args, verifiers=[_verifier(text) for text in args.verifier], **replaced)
+    with _machine(options.device) as runtime:
+        from megarpt.run import evaluate_answers
+
+        return evaluate_answers.run(options, runtime)
+
+
+def _verifier(text: str) -> dict[str, object]:
+    """`math,require_box=true` as values of a VerifierConfig."""
+    kind, *options = text.split(",")
+    values: dict[str, object] = {"kind": kind}
+    for option in options:
+        name, equals, value = option.partition("=")
+        parsed = parse_yaml(value)
+        if not equals or not name or name in values or parsed.problems:
+            raise ConfigError(f"--verifier: got {text!r}, expected KIND,OPTION=VALUE, for example math,require_box=true")
+        values[name] = parsed.data
+    return values
 
 
 def _generate(args: argparse.Namespace) -> int | None:
@@ -321,6 +384,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "  torchrun --nproc-per-node 8 -m megarpt pretrain examples/rho1/config.yaml",
     )
     _add_config(pretrain, None)
+    rl = command(
+        "rl",
+        _rl,
+        "train a policy on rewards that can be checked, from a configuration file",
+        "megarpt rl examples/rpt/rl.yaml rollout.group_size=16\n"
+        "  torchrun --nproc-per-node 8 -m megarpt rl examples/rpt/rl.yaml",
+    )
+    _add_config(rl, None)
     _add_score(
         command(
             "score",
@@ -333,8 +404,9 @@ def _build_parser() -> argparse.ArgumentParser:
         command(
             "evaluate",
             _evaluate,
-            "measure a trained model on held-out corpora",
-            "megarpt evaluate runs/rho1 --corpus wiki=data/wiki_valid --output json",
+            "measure a trained model on held-out corpora, or on questions",
+            "megarpt evaluate runs/rho1 --corpus wiki=data/wiki_valid --output json\n"
+            "  megarpt evaluate runs/rpt --questions gsm8k_test.jsonl --template question --verifier math --samples 8",
         )
     )
     _add_generate(
@@ -479,8 +551,44 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help="limit per corpus (default: all of it)")
     parser.add_argument("--micro-batch-size", type=int, metavar="N", help="windows per forward pass (default: the run's)")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="default: %(default)s")
+    _add_questions(parser.add_argument_group("on questions or next-token prompts instead"))
     _add_layout(parser)
     _add_device(parser)
+
+
+def _add_questions(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--questions", action="append", default=[], metavar="[NAME=]FILE", help="repeatable; JSON Lines, with the answers"
+    )
+    group.add_argument("--template", metavar="T", help="a name or a text with a placeholder (default: that of an RL run)")
+    group.add_argument(
+        "--verifier",
+        action="append",
+        default=[],
+        metavar="KIND[,OPTION=VALUE]",
+        help="repeatable; next_token, math, multiple_choice, exact or format (default: those of an RL run)",
+    )
+    group.add_argument(
+        "--mode", choices=("both", "reasoning", "plain"), help="next tokens: after a thought, without (default: both)"
+    )
+    group.add_argument(
+        "--greedy", action=argparse.BooleanOptionalAction, help="one answer of the likeliest tokens to each (default: yes)"
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="also draw N answers to each, for pass@k (default: 0)")
+    group.add_argument("--k", metavar="K,K", help="of pass@k, up to N (default: 1, 2, 4, ... and N)")
+    group.add_argument("--temperature", type=float, metavar="T", help="of the samples (default: 1)")
+    group.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens (default: all)")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="sample among the top tokens of total probability P (default: 1)"
+    )
+    group.add_argument("--seed", type=int, metavar="S", help="of samples and intervals (default: 1234)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the RL run's, else 256)")
+    group.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default: what the run's data.seq_length leaves")
+    group.add_argument("--max-questions", type=int, metavar="N", help="the first N of each file (default: all)")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="repeatable; a token that ends an answer (default: the RL run's)"
+    )
+    group.add_argument("--max-batch", type=int, metavar="N", help="answers drawn at the same time (default: 64)")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -644,6 +644,52 @@ class EvaluateOptions(Section):
     """`table` for people, `json` for programs: one object on standard output."""
 
 
+class EvaluateAnswersOptions(Section):
+    """`megarpt evaluate --questions`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    questions: dict[str, Text] = Field(min_length=1)
+    """Questions or next-token prompts (megarpt/rl/prompts.py says which records there are): name -> file."""
+    mode: Literal["both", "reasoning", "plain"] = "both"
+    """Next-token prompts only: after a thought, without one (the likeliest next token), or both."""
+    template: Text | None = None
+    """What is put around a context or question; null takes that of the run, which then is one of `megarpt rl`."""
+    verifiers: list[VerifierConfig] = Field(default_factory=list)
+    """What says whether an answer is right; empty takes those of the run, which then is one of `megarpt rl`."""
+    greedy: bool = True
+    """Draw one answer of the likeliest tokens."""
+    samples: NonNegative = 0
+    """Also draw this many answers to every question, for pass@k."""
+    k: tuple[Positive, ...] = ()
+    """The k of pass@k, at most `samples`; empty takes the powers of two up to it, and itself."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of the samples."""
+    top_k: NonNegative = 0
+    """Samples only: among the k likeliest tokens; 0 for all."""
+    top_p: Fraction = 1.0
+    """Samples only: among the likeliest tokens of this mass together."""
+    seed: NonNegative = 1234
+    """Seeds the samples, and the resampling of questions for intervals."""
+    max_new_tokens: Positive | None = None
+    """Longer answers are cut off, and wrong; null takes rollout.max_new_tokens of a run of `megarpt rl`, else 256."""
+    max_prompt_tokens: Positive | None = None
+    """Longer contexts lose tokens on the left, and questions that do not fit are left out; null takes what the run's
+    data.seq_length leaves."""
+    max_questions: Positive | None = None
+    """Only the first so many of each file; null is all."""
+    stop: tuple[Text, ...] | None = None
+    """Texts of single tokens that end an answer, besides the end of a document; null takes those of a run of `megarpt rl`."""
+    max_batch: Positive = 64
+    """Answers that a rank draws at the same time."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the model is divided over the ranks; data parallelism is what is left of the world."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""
+    output: Literal["table", "json"] = "table"
+    """`table` for people, `json` for programs: one object on standard output."""
+
+
 class GenerateOptions(Section):
     """`megarpt generate`."""
 

@@ -651,6 +651,23 @@ def format_has_a_pattern(cfg: RLConfig) -> str | None:
     return None
 
 
+def rollouts_are_not_interleaved(cfg: RLConfig) -> str | None:
+    got = cfg.parallel.virtual_pipeline_model_parallel_size
+    if got is None:
+        return None
+    return f"parallel.virtual_pipeline_model_parallel_size: got {got}, which rollouts cannot be trained with; remove it"
+
+
+def embedded_engine_has_whole_models(cfg: RLConfig) -> str | None:
+    if cfg.rollout.engine != "embedded":
+        return None
+    for name in ("pipeline_model_parallel_size", "context_parallel_size"):
+        got = getattr(cfg.parallel, name)
+        if got > 1:
+            return f"parallel.{name}: got {got}, expected 1 with rollout.engine embedded; use rollout.engine=server"
+    return None
+
+
 def rollouts_have_no_budget(cfg: RLConfig) -> str | None:
     if cfg.stream.memory_budget_gb is None:
         return None
@@ -742,6 +759,8 @@ RULES: Mapping[type[TrainingConfig], tuple[Rule, ...]] = {
         overlong_buffer_is_used,
         overlong_buffer_fits,
         format_has_a_pattern,
+        rollouts_are_not_interleaved,
+        embedded_engine_has_whole_models,
         rollouts_have_no_budget,
     ),
 }

@@ -45,6 +45,7 @@ class TokenStatsGPT(GPTModel):
         self.stream_chunk_tokens = stream_chunk_tokens  # 0 where layers are not streamed
         self.head_chunk_tokens, self.head_keep_bytes = head_chunk_tokens, head_keep_bytes
         self.head_mode = HeadMode.LOGPROB
+        self.temperature = 1.0  # divides the logits before anything else; that of sampling, where tokens were sampled
         self.rope_scaling_factor = kwargs.get("rope_scaling_factor")
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.cp_group = None  # angles are gathered by position, so every rank keeps the whole table
@@ -99,6 +100,7 @@ class TokenStatsGPT(GPTModel):
             hidden,
             weight,
             targets,
+            temperature=self.temperature,
             entropy=self.head_mode is HeadMode.LOGPROB_ENTROPY,
             chunk_tokens=self.head_chunk_tokens or None,
             keep_bytes=self.head_keep_bytes,

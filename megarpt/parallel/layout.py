@@ -35,6 +35,11 @@ class ProcessGroups:
         return self.pp.rank() == self.pp.size() - 1
 
     @property
+    def is_first_of_copy(self) -> bool:
+        """Whether this rank is the first of those that share a copy of the model."""
+        return self.tp.rank() == self.cp.rank() == self.pp.rank() == 0
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether this rank's count of tokens enters the sum over `dp_cp`: one rank of each context-parallel group."""
         return self.cp.rank() == 0

@@ -38,7 +38,7 @@ from megarpt.parallel.layout import ProcessGroups
 from megarpt.structs import Progress
 from megarpt.train.background import at_once, in_background
 from megarpt.train.checkpoint_choice import newest_whole
-from megarpt.train.checkpoint_files import Manifest, read_manifest, remove_leftovers, set_aside, step_name
+from megarpt.train.checkpoint_files import MODEL, Manifest, read_manifest, remove_leftovers, set_aside, step_name
 from megarpt.train.checkpoint_job import SaveJob
 from megarpt.train.checkpoint_state import RunShards
 from megarpt.train.environment import git_state
@@ -101,9 +101,19 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, directory: Path, cfg: TrainingConfig, *, tokenizer_sha256: str, runtime: Runtime, groups: ProcessGroups
+        self,
+        directory: Path,
+        cfg: TrainingConfig,
+        *,
+        tokenizer_sha256: str,
+        runtime: Runtime,
+        groups: ProcessGroups,
+        reference: Sequence[torch.nn.Module] = (),
     ) -> None:
         """Take over `directory` and remove what a killed process was writing there. The run folder must be locked.
+
+        Args:
+            reference: chunks of a frozen network that is a part of the run, saved and restored beside the model.
 
         Raises:
             CheckpointError: the folder cannot be made or cleaned.
@@ -113,7 +123,7 @@ class CheckpointManager:
         self._cfg, self._tokenizer_sha256 = cfg, tokenizer_sha256
         self._runtime, self._groups = runtime, groups
         self._config, self._config_sha256 = dump_resolved(cfg), config_hash(cfg)
-        self._shards = RunShards(runtime, groups)
+        self._shards = RunShards(runtime, groups, reference)
         self._buffer = HostBuffer(runtime)
         self._given_up = Event()
         self._pending: _Pending | None = None
@@ -230,7 +240,7 @@ class CheckpointManager:
                 "weights, move them out of the run folder and name them in model.init_from"
             )
         differences = weight_differences(manifest, unwrap(model[0]), self._tokenizer_sha256)
-        load_model(checkpoint, model, differences)
+        load_model(checkpoint / MODEL, model, differences)
         if differences:
             lines = "".join(f"\n  {key}: {text}" for key, text in differences.items())
             raise CheckpointError(f"{checkpoint} was made by another model:{lines}\nuse the configuration of the checkpoint")

@@ -30,7 +30,7 @@ from megarpt.config.schema import TrainingConfig
 from megarpt.corpus.atomic import atomic_write_json, fsync_directory
 from megarpt.errors import CheckpointError
 
-MODEL, TRAINING = "model", "training"
+MODEL, TRAINING, REFERENCE = "model", "training", "reference"
 CONFIG, MANIFEST, LATEST = "config.yaml", "manifest.json", "latest"
 FORMAT = 1
 

@@ -15,21 +15,24 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarpt.device.runtime import Runtime
 from megarpt.parallel.layout import ProcessGroups
-from megarpt.train.checkpoint_files import MODEL, TRAINING, Manifest
+from megarpt.train.checkpoint_files import MODEL, REFERENCE, TRAINING, Manifest
 from megarpt.train.optimizer_state import load_optimizer, sharded_optimizer
 from megarpt.train.sharded import load_sharded
 from megarpt.train.sharded_save import Distribution, Part
 from megarpt.train.state import TrainState
-from megarpt.train.weights import sharded_weights
+from megarpt.train.weights import load_model, sharded_weights
 
 logger = logging.getLogger(__name__)
 
 
 class RunShards:
-    """This rank's part of the state of a run. Model, optimizer and schedule keep their structure, their values change."""
+    """This rank's part of the state of a run. Model, optimizer and schedule keep their structure, their values change.
 
-    def __init__(self, runtime: Runtime, groups: ProcessGroups) -> None:
-        self._runtime, self._groups = runtime, groups
+    `reference`: chunks of a second, frozen network of the run, whose weights change only now and then.
+    """
+
+    def __init__(self, runtime: Runtime, groups: ProcessGroups, reference: Sequence[torch.nn.Module] = ()) -> None:
+        self._runtime, self._groups, self._reference = runtime, groups, reference
         self._distributions: dict[tuple[str, bool], Distribution] = {}
 
     def layout(self) -> dict[str, int]:
@@ -61,8 +64,10 @@ class RunShards:
         }
         if optimizer_steps:
             training["optimizer"] = sharded_optimizer(optimizer, weights)
-        parts = {}
-        for name, sharded in ((MODEL, weights), (TRAINING, training)):
+        parts, folders = {}, {MODEL: weights, TRAINING: training}
+        if self._reference:
+            folders[REFERENCE] = sharded_weights(self._reference)
+        for name, sharded in folders.items():
             structure = (name, optimizer_steps > 0)
             if structure not in self._distributions:
                 self._distributions[structure] = Distribution(self._groups.dp_cp)
@@ -96,6 +101,8 @@ class RunShards:
             load_optimizer(optimizer, loaded["optimizer"], loaded["optimizer_steps"])
         else:
             optimizer.reload_model_params()  # no step was made: the masters are the weights
+        if self._reference:
+            load_model(checkpoint / REFERENCE, self._reference, differences)
         scheduler.num_steps = 0
         scheduler.load_state_dict(loaded["scheduler"])
         if same_layout:

@@ -22,7 +22,7 @@ from megarpt.corpus.atomic import cannot_write
 from megarpt.objectives.base import ObjectiveOutput
 from megarpt.structs import Progress, StepReport, TokenBatch
 from megarpt.train.metrics_file import MetricsFile, rewind_metrics
-from megarpt.train.reports import EvaluationResult, progress_fields, step_scalars
+from megarpt.train.reports import EvaluationScalars, progress_fields, step_scalars
 from megarpt.train.rundir import RunDir
 from megarpt.train.samples import mark_kept, token_pieces
 from megarpt.train.tensorboard import TensorBoardSink
@@ -135,7 +135,7 @@ class MetricLog:
 
     def evaluation(
         self,
-        results: Mapping[str, EvaluationResult],
+        results: Mapping[str, EvaluationScalars],
         progress: Progress,
         extra: Mapping[str, float] | None = None,
     ) -> None:

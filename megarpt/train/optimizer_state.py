@@ -20,6 +20,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimize
 
 # The one form of the distributed optimizer's state that loads under every layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _MASTER = "optimizer.state.param."
 _MASTER_OF_PLAIN = "optimizer.state.fp32_param."
 
@@ -52,6 +53,17 @@ def load_optimizer(optimizer: ChainedOptimizer, loaded: Any, steps: int) -> None
     for group in _param_groups(loaded):
         group["step"] = steps
     optimizer.load_state_dict(loaded)
+
+
+@torch.no_grad()
+def restart_optimizer(optimizer: ChainedOptimizer) -> None:
+    """Forget the moments and the count of steps, as if no update had been made; parameters and masters stay."""
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            for name in _MOMENTS:
+                state[name].zero_()
+    for group in optimizer.param_groups:
+        group["step"] = 0
 
 
 def _stored(entry: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from megarpt.errors import DataError
 from megarpt.structs import Progress, StepReport
@@ -15,6 +16,14 @@ from megarpt.structs import Progress, StepReport
 # Fields whose values depend on the machine and the moment, not on the run: two equal runs differ in these and only these.
 MACHINE_PREFIXES = ("time/", "perf/", "mem/", "sys/")
 _ORDER_DIGITS = 16  # of the fingerprint's 64: enough to tell runs apart, short enough to read
+
+
+class EvaluationScalars(Protocol):
+    """What was measured on something that is held out."""
+
+    def scalars(self, name: str) -> dict[str, float]:
+        """Its tags, `name` being that of what is held out."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,19 @@
-"""When things happen in a run; what a step is stands in `step.py`."""
+"""Training on given text: what a step reads and records, rollbacks, held-out loss. `run_loop.py` says when things happen."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from megarpt.config.schema import LanguageModelConfig
 from megarpt.data.batches import TokenBatches
-from megarpt.errors import NumericsError, StopRequested
-from megarpt.train.checkpoint import CheckpointManager, SavedCheckpoint
+from megarpt.errors import NumericsError
+from megarpt.train.checkpoint import CheckpointManager
 from megarpt.train.monitor import Monitor
 from megarpt.train.reports import EvaluationResult
+from megarpt.train.run_loop import RunLoop, Surroundings
 from megarpt.train.rundir import RunDir
-from megarpt.train.sharded import from_rank_0
 from megarpt.train.signals import StopSignal
 from megarpt.train.spikes import SpikeGuard, Verdict
 from megarpt.train.state import TrainState
@@ -23,7 +23,7 @@ from megarpt.train.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(RunLoop):
     """Steps, evaluations and checkpoints until the configured number of tokens has been seen."""
 
     def __init__(
@@ -43,54 +43,27 @@ class Trainer:
         watchdog: Watchdog,
         spikes: SpikeGuard | None = None,
     ) -> None:
-        self.cfg, self.step, self.batches, self.state = cfg, step, batches, state
-        self._evaluate, self._save, self._restore, self.checkpoints = evaluate, save, restore, checkpoints
-        self.monitor, self.run, self.stop, self.watchdog, self.spikes = monitor, run, stop, watchdog, spikes
+        super().__init__(
+            step,
+            state,
+            Surroundings(
+                save=save,
+                checkpoints=checkpoints,
+                log=monitor.log,
+                perf=monitor.perf,
+                run=run,
+                stop=stop,
+                watchdog=watchdog,
+            ),
+            total_steps=total_steps(cfg),
+            max_skipped_steps=cfg.train.max_skipped_steps,
+            evaluation=cfg.evaluation,
+            checkpoint=cfg.checkpoint,
+        )
+        self.cfg, self.batches, self.monitor, self.spikes = cfg, batches, monitor, spikes
+        self._evaluate, self._restore = evaluate, restore
         self.step_samples = cfg.batch.global_batch_size
         self.step_tokens = self.step_samples * cfg.data.seq_length
-        self.total_steps = total_steps(cfg)
-        self.evaluated_at: int | None = None
-        self.saved_at: int | None = None
-
-    def fit(self) -> TrainState:
-        """Train to the end.
-
-        Raises:
-            StopRequested: a signal asked for it; a checkpoint was saved.
-            NumericsError: too many steps in a row were skipped, or too many rollbacks made; the checkpoints are from before.
-        """
-        try:
-            self._fit()
-        except StopRequested:
-            self.save()
-            self.finish_saving()
-            raise
-        return self.state
-
-    def _fit(self) -> None:
-        cfg, start = self.cfg, self.state.progress.step
-        self.saved_at = start if start > 0 else None
-        # The attempt before may have ended after the checkpoint and before the evaluation of the same step.
-        if from_rank_0(self.monitor.log.has_evaluation(start)):
-            self.evaluated_at = start
-        elif _every(cfg.evaluation.interval_steps, start) if start > 0 else cfg.evaluation.at_start:
-            self.evaluate()
-        while self.state.progress.step < self.total_steps:
-            self.stop.check(f"at step {self.state.progress.step}")
-            if not self.train_step():
-                self.roll_back()
-                continue
-            self.completed(self.checkpoints.poll())
-            step = self.state.progress.step
-            if _every(cfg.evaluation.interval_steps, step):
-                self.evaluate()
-            if _every(cfg.checkpoint.interval_steps, step):
-                self.save()
-        if self.evaluated_at != self.state.progress.step:
-            self.evaluate()
-        if self.saved_at != self.state.progress.step:
-            self.save()
-        self.finish_saving()
 
     def train_step(self) -> bool:
         """One optimizer step and its record; False when the run has to be rolled back."""
@@ -112,15 +85,11 @@ class Trainer:
             report = replace(report, metrics={**report.metrics, **verdict.scores, **totals})
         self.run.record(self.state.progress, counts=self.state.counts())
         self.monitor.step(report, self.state, self.step_tokens, self.step.outputs, self.step.first_output)
-        if self.state.skipped_in_a_row > self.cfg.train.max_skipped_steps:
-            self.finish_saving()
-            raise NumericsError(
-                f"{self.state.skipped_in_a_row} steps in a row (up to step {self.state.progress.step}) were skipped, because "
-                "loss or gradient was not finite or a spike, expected at most train.max_skipped_steps = "
-                f"{self.cfg.train.max_skipped_steps}; the batches are in {self.run.dump_dir}, the checkpoints in "
-                f"{self.run.checkpoint_dir} are intact: lower optimizer.lr or look at the dumped text, then run again"
-            )
-        return not (verdict.is_held and self.cfg.stability.on_spike == "rollback" and bool(self.saved_at))
+        self.give_up_on_skipped_steps()
+        if verdict.is_held and self.cfg.stability.on_spike == "rollback" and self.saved_at:
+            self.roll_back()
+            return False
+        return True
 
     def roll_back(self) -> None:
         """Go on from the newest checkpoint, behind the samples that were read since: the spike is not met again.
@@ -168,43 +137,16 @@ class Trainer:
         self.monitor.evaluation(results, self.state.progress)
         self.evaluated_at = step
 
-    def save(self) -> None:
-        """Begin a checkpoint, with its metrics on disk before it; never of parameters that are not finite."""
-        if self.state.skipped_in_a_row and not self.step.parameters_are_finite():
-            logger.error("parameters are not finite at step %d: no checkpoint is saved", self.state.progress.step)
-            return
-        self.finish_saving()
-        self.watchdog.beat(f"save after step {self.state.progress.step}")
-        self.monitor.log.flush()
-        self.step.gather_parameters()
-        self._save(
-            replace(
-                self.state,
-                data=self.batches.state_dict(),
-                selection=self.step.selection_state(),
-                spikes=self.spikes.state_dict() if self.spikes is not None else {},
-            )
+    def state_to_save(self) -> TrainState:
+        """The state with the positions of the data, the selection rule and the spike guard."""
+        return replace(
+            self.state,
+            data=self.batches.state_dict(),
+            selection=self.step.selection_state(),
+            spikes=self.spikes.state_dict() if self.spikes is not None else {},
         )
-        self.saved_at = self.state.progress.step
-        self.completed(self.checkpoints.poll())
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written."""
-        self.completed(self.checkpoints.finish())
-
-    def completed(self, checkpoints: Sequence[SavedCheckpoint]) -> None:
-        """Record checkpoints that have become complete."""
-        for saved in checkpoints:
-            self.run.record(saved.progress, saved.path)
-            self.monitor.perf.add("save_stall", saved.stall_s)
-            self.monitor.perf.add("save", saved.seconds)
-        self.run.record(self.state.progress)
 
 
 def total_steps(cfg: LanguageModelConfig) -> int:
     """Optimizer steps that see train.train_tokens tokens, rounded up."""
     return -(-cfg.train.train_tokens // (cfg.batch.global_batch_size * cfg.data.seq_length))
-
-
-def _every(interval: int, step: int) -> bool:
-    return interval > 0 and step % interval == 0

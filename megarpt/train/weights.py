@@ -64,7 +64,7 @@ def load_weights(path: str | Path, model: Sequence[torch.nn.Module], *, tokenize
             f"{checkpoint} was made with another tokenizer: data.tokenizer: {differences['data.tokenizer']}; "
             "use the tokenizer of the checkpoint, or another checkpoint"
         )
-    load_model(checkpoint, model, differences)
+    load_model(checkpoint / MODEL, model, differences)
     for key, text in differences.items():
         logger.warning("weights of %s: %s: %s", checkpoint, key, text)
     logger.info("read the weights of %s in %.2f s", checkpoint, time.perf_counter() - started)
@@ -118,11 +118,11 @@ def weight_differences(manifest: Manifest, network: torch.nn.Module, tokenizer_s
     }
 
 
-def load_model(checkpoint: Path, model: Sequence[torch.nn.Module], differences: Mapping[str, str]) -> None:
-    """Fill this rank's chunks from a checkpoint whose files were checked."""
+def load_model(folder: Path, model: Sequence[torch.nn.Module], differences: Mapping[str, str]) -> None:
+    """Fill this rank's chunks from the folder of a network in a checkpoint whose files were checked."""
     loaded = load_sharded(
         sharded_weights(model),
-        checkpoint / MODEL,
+        folder,
         what="model",
         differences=differences,
         same_vocabulary=_VOCABULARY not in differences,

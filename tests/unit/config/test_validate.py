@@ -290,6 +290,18 @@ OTHER_BREAKS = [
         {"objective.overlong": "penalty", "objective.overlong_buffer_tokens": 65},
         "objective.overlong_buffer_tokens",
     ),
+    (
+        RLConfig,
+        validate.rollouts_are_not_interleaved,
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 2},
+        "parallel.virtual_pipeline_model_parallel_size",
+    ),
+    (
+        RLConfig,
+        validate.embedded_engine_has_whole_models,
+        {"parallel.pipeline_model_parallel_size": 2},
+        "parallel.pipeline_model_parallel_size",
+    ),
     (RLConfig, validate.format_has_a_pattern, {"verifiers": [{"kind": "format"}]}, "verifiers.0.pattern"),
     (RLConfig, validate.format_has_a_pattern, {"verifiers": [{"kind": "exact", "pattern": "a"}]}, "verifiers.0.pattern"),
     (
