@@ -133,10 +133,9 @@ class PolicyLoop(RunLoop):
             drawn += self.draw_once(iteration, attempt, first, wanted)
             if not is_dynamic or rule is None:
                 return drawn
-            missing = self.cfg.rollout.prompts_per_step - len(self.living(drawn))
-            if missing <= 0:
+            wanted = self.cfg.rollout.prompts_per_step - len(self.living(drawn))
+            if wanted == 0:
                 return drawn
-            wanted = -(-missing // self.groups.dp_size) * self.groups.dp_size
         have = len(self.living(drawn))
         if rule is not None and rule.at_cap == "stop":
             raise NumericsError(

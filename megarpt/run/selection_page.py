@@ -7,7 +7,6 @@ Kept tokens are underlined and heavier, so that they stand out without colour to
 from __future__ import annotations
 
 import codecs
-import html
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 from megarpt.corpus.atomic import atomic_write_bytes
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.errors import DataError
+from megarpt.run.html_page import escape, page, visible
 
 _SHADES = 3  # on each side of zero
 _STRONGEST_SHARE = 0.95  # of the tokens lie within the scale
@@ -153,21 +153,21 @@ def render(
         "threshold": "one for each set" if selection.threshold is None else f"{selection.threshold:+.4g}",
         "kept": f"{selection.num_kept:,} of {selection.num_competing:,} tokens, {100 * selection.kept_share:.1f}%",
     }
-    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     table = "".join(
-        f'<tr><td>{_escape(name)}</td><td><div class="bar" style="width:{200 * share:.0f}px"></div></td>'
+        f'<tr><td>{escape(name)}</td><td><div class="bar" style="width:{200 * share:.0f}px"></div></td>'
         f"<td>{100 * share:.0f}%</td></tr>"
         for name, share in (shares or {}).items()
     )
-    marked = "".join(f' <span class="t m">{_escape(meaning)}</span>' for meaning in (marks or {}).values())
-    return _PAGE.format(
-        title=_escape(title),
+    marked = "".join(f' <span class="t m">{escape(meaning)}</span>' for meaning in (marks or {}).values())
+    body = _BODY.format(
         facts=rows,
         legend=shade.legend(),
         marked=marked,
         shares=f"<h2>Kept share by kind of token</h2><table>{table}</table>" if table else "",
         documents="".join(_document(document, shade, selection, marks or {}) for document in selection.documents),
     )
+    return page(title, style=_STYLE, body=body)
 
 
 class _Shades:
@@ -209,14 +209,14 @@ def _document(document: ShownDocument, shade: _Shades, selection: Selection, mar
     share = document.kept_share
     note = "nothing to predict" if share is None else f"{100 * share:.0f}% kept"
     tokens = "".join(_token(token, shade, selection, marks) for token in document.tokens)
-    return f"<section><h2>{_escape(document.title)} <small>{note}</small></h2><pre>{tokens}</pre></section>"
+    return f"<section><h2>{escape(document.title)} <small>{note}</small></h2><pre>{tokens}</pre></section>"
 
 
 def _token(token: ShownToken, shade: _Shades, selection: Selection, marks: Mapping[str, str]) -> str:
     state = {True: "k", False: "d", None: "u"}[token.kept]
     classes = f"t {state} {shade.of(token)}{' m' if token.mark in marks else ''}"
-    about = _escape(_about(token, selection, marks)).replace("\n", "&#10;")
-    return f'<span class="{classes}" data-t="{about}">{_visible(token.text)}</span>'
+    about = escape(_about(token, selection, marks)).replace("\n", "&#10;")
+    return f'<span class="{classes}" data-t="{about}">{visible(token.text)}</span>'
 
 
 def _about(token: ShownToken, selection: Selection, marks: Mapping[str, str]) -> str:
@@ -237,24 +237,6 @@ def _about(token: ShownToken, selection: Selection, marks: Mapping[str, str]) ->
     return "\n".join([first, "   ".join([*parts, rank])])
 
 
-def _visible(text: str) -> str:
-    """The text with what cannot be seen made visible; tokens of nothing but space get signs for it."""
-    is_blank = not text.strip(" ")
-    out = []
-    for letter in text:
-        if letter == "\n":
-            out.append("<i>↵</i>\n")
-        elif letter == "\t":
-            out.append("<i>⇥</i>\t")
-        elif letter == " ":
-            out.append("<i>·</i>" if is_blank else " ")
-        elif letter.isprintable():
-            out.append(_escape(letter))
-        else:  # control characters, also those that turn the direction of writing
-            out.append(f"<i>⟨U+{ord(letter):04X}⟩</i>")
-    return "".join(out) or "<i>∅</i>"
-
-
 def _among(scope: str) -> str:
     return {
         "sequence": "among the tokens of its window",
@@ -269,49 +251,30 @@ def _round_up(value: float) -> float:
     return next(each * power for each in (1.0, 2.0, 5.0, 10.0) if each * power >= value * (1 - 1e-9))
 
 
-def _escape(text: str) -> str:
-    """Safe between tags and in attributes; invisible characters cannot reach the page."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text), quote=True)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --ink: #1f2328; --faint: #6b7280; --paper: #ffffff; --bar: #1f2328; --panel: #f3f4f6;
-  --n3: #998ec3; --n2: #bdb7da; --n1: #e2e0ef; --c1: #fee8cf; --c2: #fdc27a; --c3: #f1962d; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #eceff3; --faint: #9aa3af; --paper: #15171a; --bar: #eceff3;
-  --panel: #24282e; --n3: #65559f; --n2: #483f73; --n1: #302d48; --c1: #46311a; --c2: #6f4712; --c3: #955406; }} }}
-body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto 7rem; padding: 0 1rem; color: var(--ink);
-  background: var(--paper); }}
-h1 {{ font-size: 1.5rem; margin: 0 0 1rem; }} h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
-small {{ font-weight: normal; color: var(--faint); }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem; }}
-dt {{ color: var(--faint); }} dd {{ margin: 0; overflow-wrap: anywhere; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.9 ui-monospace, monospace; margin: 0; tab-size: 4; }}
-.legend {{ font: 13px/2 ui-monospace, monospace; margin: 0 0 .2rem; }} .legend .t {{ padding: .1rem .5rem; }}
-.t {{ border-bottom: 2px solid transparent; border-radius: 2px; margin-right: 1px; }}
-.k {{ border-bottom-color: var(--bar); font-weight: 650; }}
-.u {{ color: var(--faint); outline: 1px dashed var(--faint); outline-offset: -1px; }}
-.m {{ text-decoration: underline wavy #d97706 1px; text-underline-offset: 2px; }}
-.n3 {{ background: var(--n3); }} .n2 {{ background: var(--n2); }} .n1 {{ background: var(--n1); }}
-.c1 {{ background: var(--c1); }} .c2 {{ background: var(--c2); }} .c3 {{ background: var(--c3); }}
-i {{ font-style: normal; font-weight: normal; opacity: .6; }}
-pre .t:hover {{ outline: 2px solid var(--ink); }}
-pre .t:hover::after {{ content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0; padding: .7rem 1.2rem;
+_STYLE = """
+:root { --bar: #1f2328; --n3: #998ec3; --n2: #bdb7da; --n1: #e2e0ef; --c1: #fee8cf; --c2: #fdc27a; --c3: #f1962d; }
+@media (prefers-color-scheme: dark) { :root { --bar: #eceff3; --n3: #65559f; --n2: #483f73; --n1: #302d48; --c1: #46311a;
+  --c2: #6f4712; --c3: #955406; } }
+pre { line-height: 1.9; }
+.legend { font: 13px/2 ui-monospace, monospace; margin: 0 0 .2rem; } .legend .t { padding: .1rem .5rem; }
+.t { border-bottom: 2px solid transparent; border-radius: 2px; margin-right: 1px; }
+.k { border-bottom-color: var(--bar); font-weight: 650; }
+.u { color: var(--faint); outline: 1px dashed var(--faint); outline-offset: -1px; }
+.m { text-decoration: underline wavy #d97706 1px; text-underline-offset: 2px; }
+.n3 { background: var(--n3); } .n2 { background: var(--n2); } .n1 { background: var(--n1); }
+.c1 { background: var(--c1); } .c2 { background: var(--c2); } .c3 { background: var(--c3); }
+pre .t:hover { outline: 2px solid var(--ink); }
+pre .t:hover::after { content: attr(data-t); position: fixed; left: 0; right: 0; bottom: 0; padding: .7rem 1.2rem;
   white-space: pre-wrap; font: 14px/1.6 ui-monospace, monospace; color: var(--ink); background: var(--panel);
-  border-top: 1px solid var(--faint); }}
-.bar {{ background: var(--c3); height: .9rem; border-radius: 2px; }} td {{ padding: 0 .8rem 0 0; }}
-@media print {{ .t {{ print-color-adjust: exact; }} }}
-</style></head><body>
-<h1>{title}</h1>
-<dl>{facts}</dl>
+  border-top: 1px solid var(--faint); }
+.bar { background: var(--c3); height: .9rem; border-radius: 2px; } td { padding: 0 .8rem 0 0; }
+@media print { .t { print-color-adjust: exact; } }
+"""
+
+_BODY = """<dl>{facts}</dl>
 <p class="legend"><span class="t k">kept</span> <span class="t d">dropped</span> <span class="t u">never predicted</span>
 {marked}</p><p class="legend">{legend}</p>
 <p><small>Rest the pointer on a token, or tap it, for its numbers. Space that is a token by itself shows as · ↵ ⇥, a part of a
 character as ⟨E2⟩.</small></p>
 {shares}
-{documents}
-</body></html>
-"""
+{documents}"""

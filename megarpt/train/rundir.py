@@ -67,9 +67,14 @@ _FREE_KEYS = (
     "data.valid",
     "data.verify",
     "train.train_tokens",
+    "train.train_steps",
     "train.max_skipped_steps",
     "train.head_chunk_tokens",
     "train.head_keep_mib",
+    "rollout.engine",
+    "rollout.url",
+    "rollout.weights_dir",
+    "rollout.max_batch",
     "parallel",
     "stream",
     "model.mcore.recompute_granularity",
@@ -358,7 +363,9 @@ def may_differ(difference: Difference, config: TrainingConfig) -> bool:
     key = difference.key
     if any(key == free or key.startswith((free + ".", free + "[")) for free in _FREE_KEYS):
         return True
-    if key == "batch.micro_batch_size" and isinstance(config, LanguageModelConfig):
+    if key == "batch.micro_batch_size":
+        if not isinstance(config, LanguageModelConfig):
+            return True
         return config.objective.weighting != "top_fraction" or config.objective.scope not in ("microbatch", "rank")
     if key == "optimizer.lr_decay_tokens":
         return config.optimizer.lr_decay_style == "constant"

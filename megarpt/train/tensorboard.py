@@ -19,7 +19,7 @@ import numpy as np
 from megarpt.errors import ExtensionError
 from megarpt.structs import Progress
 
-_TOKEN_AXIS_GROUPS = ("train/", "valid/", "select/", "data/")
+_TOKEN_AXIS_GROUPS = ("train/", "valid/", "select/", "data/", "rl/", "policy/")
 _HPARAM_SECTIONS = ("model", "data", "batch", "optimizer", "objective", "train")
 _FLUSH_S = 10
 _QUEUE = 1000
@@ -39,6 +39,16 @@ _LAYOUT: Mapping[str, Mapping[str, list[Any]]] = {
         ],
         "kept share": ["Multiline", ["select/kept_fraction"]],
         "excess loss quantiles (nats)": ["Multiline", [r"select/excess_nats_p\d\d"]],
+    },
+    "reinforcement": {
+        "reward": ["Multiline", ["rl/reward_mean", "rl/format_rate", r"valid/.*/reward_mean"]],
+        "groups": ["Multiline", ["rl/dead_groups", "rl/all_wrong_groups", "rl/all_right_groups"]],
+        "tokens of a completion": ["Multiline", ["rl/length_mean_tokens", "rl/length_max_tokens"]],
+        "cut off and not judged": ["Multiline", ["rl/truncated_share", "rl/no_room_share", "rl/unknown_share"]],
+        "KL and entropy (nats)": ["Multiline", [r"policy/kl_.*_nats", "policy/entropy_nats"]],
+        "clipped": ["Multiline", [r"policy/clipped_.*"]],
+        "engine against trainer (nats)": ["Multiline", [r"policy/sampler_gap(_max)?_nats"]],
+        "seconds of an iteration": ["Multiline", [r"time/(generate|verify|score|train|rest|iteration)_s"]],
     },
     "health": {
         "gradient norm": ["Multiline", ["optim/grad_norm"]],
