@@ -44,7 +44,9 @@ def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
     cfg = trained.config
     corpora = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()} or held_out_corpora(cfg)
     if not corpora:
-        raise ConfigError("--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX")
+        raise ConfigError(
+            "--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX; questions are evaluated with --questions FILE"
+        )
     cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
     datasets = build_eval_sets(cfg, trained.tokenizer)
     verify_contents([*datasets.values()], runtime, on_block=partial(stop.check_here, "while reading the corpora"))

@@ -88,6 +88,27 @@ def test_the_reward_rises_and_everything_is_recorded(start_of, train, tmp_path):
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["status"] == "finished"
 
 
+def test_every_tag_is_documented(start_of, train, tmp_path):
+    cfg = policy_config(
+        tmp_path / "run",
+        *start_of,
+        **KL,
+        **{
+            "objective.max_importance_ratio": 2.0,
+            "objective.dual_clip": 3.0,
+            "verifiers": [{"kind": "format", "pattern": "a"}, {"kind": "exact"}],
+            "train.train_steps": 1,
+        },
+    )
+    train(cfg)
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    tags = {tag for line in [*read_lines(cfg), *read_lines(cfg, "valid")] for tag in line if "/" in tag}
+    general = {tag for tag in tags if tag.startswith(("rl/part/", "valid/same/"))}
+    assert {tag for tag in tags - general if f"`{tag}`" not in text} == set()
+    names = {tag.removeprefix("valid/same/") for tag in general if tag.startswith("valid/")}
+    assert {name for name in names if f"{name}`" not in text} == set()
+
+
 def test_the_policy_can_be_used_like_any_model(start_of, train, tmp_path, cpu_runtime):
     train(policy_config(tmp_path / "run", *start_of, **{"train.train_steps": 2}))
     layout = ParallelLayout()
