@@ -15,7 +15,7 @@ DEVICE ?= auto
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
-EXTRAS := dev,demo,fast,parquet,hf,rl
+EXTRAS := dev,demo,fast,parquet,hf,rl,serve
 # Tests over the processors, those of a file together.
 SPREAD := -n logical --maxprocesses 4 --dist loadfile
 

@@ -313,6 +313,7 @@ def _question_prompt(
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: question: half of a surrogate pair at character {error.start}; repair the text") from error
     answer = _question_answer(_first(record, _ANSWER_KEYS, where), choices, where)
+    answer |= {key: record[key] for key in ("band", "source") if key in record}
     return Prompt(id=name, tokens=tokens, answer=answer) if len(tokens) <= max_prompt_tokens else None
 
 

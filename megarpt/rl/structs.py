@@ -5,8 +5,9 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
+
+_NO_PARTS: Mapping[str, float] = {}  # rewards travel between ranks, which the read-only kind of mapping cannot
 
 
 class StopReason(enum.Enum):
@@ -22,7 +23,7 @@ class Prompt:
 
     id: str  # the same in every epoch and after a resume; seeds of sampling follow from it
     tokens: tuple[int, ...]
-    answer: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))  # see the verifier for its keys
+    answer: Mapping[str, Any] = field(default_factory=dict)  # see the verifier for its keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class Reward(NamedTuple):
     """
 
     value: float | None
-    parts: Mapping[str, float] = MappingProxyType({})  # what it is made of, for the log
+    parts: Mapping[str, float] = _NO_PARTS  # what it is made of, for the log
 
     @property
     def is_known(self) -> bool:

@@ -70,6 +70,10 @@ _LIBRARIES = (
     _Library(
         "tensorboard", "torch.utils.tensorboard", "tensorboard", "curves, histograms, samples of a run", _INSTALL, needed=True
     ),
+    _Library("math-verify", "math_verify", "math-verify", "verifier math", "pip install -e .[rl]"),
+    _Library("starlette", "starlette", "starlette", "megarpt serve", "pip install -e .[serve]"),
+    _Library("uvicorn", "uvicorn", "uvicorn", "megarpt serve", "pip install -e .[serve]"),
+    _Library("httpx2", "httpx2", "httpx2", "rollout.engine server", "pip install -e .[serve]"),
     _Library("wandb", "wandb", "wandb", "logging.wandb_project", "pip install -e .[wandb]"),
     _Library(
         "Transformer Engine",

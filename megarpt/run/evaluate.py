@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from megarpt.config.schema import EvaluateOptions, HeldOutCorpus
-from megarpt.data.build import build_eval_sets
+from megarpt.data.build import build_eval_sets, open_held_out
+from megarpt.data.samples import SampleDataset
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
 from megarpt.parallel.layout import ParallelLayout
 from megarpt.run.contents import verify_contents
-from megarpt.run.pretrained import held_out_corpora, load_pretrained
+from megarpt.run.pretrained import load_pretrained
 from megarpt.train.evaluation import evaluate
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reports import EvaluationResult
@@ -42,13 +44,14 @@ def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
         options.checkpoint, runtime, layout, groups, options.parallel, micro_batch_size=options.micro_batch_size
     )
     cfg = trained.config
-    corpora = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()} or held_out_corpora(cfg)
-    if not corpora:
+    given = {name: HeldOutCorpus(path=prefix) for name, prefix in options.corpora.items()}
+    datasets: Mapping[str, SampleDataset]
+    datasets = open_held_out(cfg, trained.tokenizer, given) if given else build_eval_sets(cfg, trained.tokenizer)
+    if not datasets:
         raise ConfigError(
-            "--corpus: the run has no data.valid, so name at least one held-out corpus: --corpus NAME=PREFIX; questions are evaluated with --questions FILE"
+            "--corpus: the run has no held-out text in data.valid, so name at least one corpus: --corpus NAME=PREFIX; questions "
+            "are evaluated with --questions FILE"
         )
-    cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"valid": dict(corpora)})})
-    datasets = build_eval_sets(cfg, trained.tokenizer)
     verify_contents([*datasets.values()], runtime, on_block=partial(stop.check_here, "while reading the corpora"))
     micro_batch_size = cfg.batch.micro_batch_size
     per_batch = micro_batch_size * cfg.data.seq_length * groups.dp_size

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,17 +20,19 @@ from megarpt.model.parameters import total_parameters
 from megarpt.objectives.policy_gradient import ClippedPolicyGradient
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
 from megarpt.rl.embedded_engine import EmbeddedEngine
-from megarpt.rl.evaluation import EvaluatedPrompts, evaluate_prompts
+from megarpt.rl.evaluation import EvaluatedPrompts, evaluate_prompts, stop_tokens
 from megarpt.rl.loop import PolicyLoop
 from megarpt.rl.monitor import RlMonitor
 from megarpt.rl.policy import ReferencePolicy
 from megarpt.rl.prompts import PromptStream, load_prompts
 from megarpt.rl.rollout import RolloutEngine, Sampling
 from megarpt.rl.rollout_log import RolloutLog
+from megarpt.rl.server_engine import ServerEngine
 from megarpt.rl.structs import Prompt
 from megarpt.rl.tasks import build_verifier
 from megarpt.rl.verifiers import Closeable, Verifier
 from megarpt.run.opening import open_run, perf_meter
+from megarpt.run.policy_weights import PolicyExporter
 from megarpt.run.tokenizer_files import keep_tokenizer
 from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
@@ -100,7 +102,7 @@ def run(cfg: RLConfig, runtime: Runtime) -> int:
         begin("opening the prompts")
         prompts = PromptStream(_prompts(cfg, tokenizer, cfg.data.train), seed=cfg.run.seed)
         held_out = {name: _prompts(cfg, tokenizer, path) for name, path in cfg.data.valid.items()}
-        stop_tokens = _stop_tokens(cfg, tokenizer)
+        ends = stop_tokens(tokenizer, cfg.rollout.stop, where="rollout.stop")
         begin("reading the checkpoint")
         state = checkpoints.load_latest(chunks, optimizer, scheduler)
         if state is not None:
@@ -157,10 +159,10 @@ def run(cfg: RLConfig, runtime: Runtime) -> int:
                 prompts,
                 engine,
                 verifier,
-                stop_tokens=stop_tokens,
+                stop_tokens=ends,
                 reference=reference,
                 restart_optimizer=partial(restart_optimizer, optimizer),
-                evaluate=_evaluation(cfg, engine, verifier, held_out, stop_tokens, groups, watchdog),
+                evaluate=_evaluation(cfg, engine, verifier, held_out, ends, groups, watchdog),
                 monitor=RlMonitor(log, line, perf),
                 rollouts=RolloutLog(
                     folder.path,
@@ -174,16 +176,6 @@ def run(cfg: RLConfig, runtime: Runtime) -> int:
             ).fit()
         folder.finish("finished", f"{end.progress.step} steps")
     return EXIT_OK
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    """Rewards of a file of prompts, as the metrics log takes them."""
-
-    evaluated: EvaluatedPrompts
-
-    def scalars(self, name: str) -> dict[str, float]:
-        return {f"valid/{name}/{tag}": value for tag, value in self.evaluated.summary().items()}
 
 
 @contextmanager
@@ -200,33 +192,23 @@ def _prompts(cfg: RLConfig, tokenizer: Tokenizer, path: str) -> list[Prompt]:
     return load_prompts(path, tokenizer, template=cfg.data.template, max_prompt_tokens=cfg.data.max_prompt_tokens)
 
 
-def _stop_tokens(cfg: RLConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids that end a completion.
-
-    Raises:
-        ConfigError: a text of rollout.stop is not a single token, or nothing would ever end a completion.
-    """
-    found = [] if tokenizer.eod is None else [tokenizer.eod]
-    for index, text in enumerate(cfg.rollout.stop):
-        ids = tokenizer.encode(text)
-        if len(ids) != 1:
-            raise ConfigError(
-                f"rollout.stop.{index}: got {text!r}, which is {len(ids)} tokens of {cfg.data.tokenizer}, expected a single one"
-            )
-        found.append(ids[0])
-    if not found:
-        raise ConfigError(
-            f"rollout.stop: {cfg.data.tokenizer} has no token that ends a document, so every completion would be truncated; "
-            "name a text that is a single token"
-        )
-    return tuple(dict.fromkeys(found))
-
-
 def _engine(
     cfg: RLConfig, chunks: Sequence[torch.nn.Module], tokenizer: Tokenizer, groups: ProcessGroups, runtime: Runtime
 ) -> RolloutEngine:
+    network = unwrap(chunks[0])
+    if cfg.rollout.engine == "server":
+        assert cfg.rollout.url is not None and cfg.rollout.weights_dir is not None, "a rule of the configuration"
+        export = PolicyExporter(
+            chunks,
+            groups,
+            cfg.model,
+            vocab_size=network.valid_vocab_size,
+            tokenizer=tokenizer,
+            dtype=next(network.parameters()).dtype,
+        )
+        return ServerEngine(cfg.rollout.url, Path(cfg.rollout.weights_dir), tokenizer, groups, export=export)
     return EmbeddedEngine(
-        unwrap(chunks[0]),
+        network,
         tokenizer,
         groups,
         runtime.device,
@@ -256,24 +238,24 @@ def _evaluation(
     engine: RolloutEngine,
     verifier: Verifier,
     held_out: Mapping[str, Sequence[Prompt]],
-    stop_tokens: Sequence[int],
+    ends: Sequence[int],
     groups: ProcessGroups,
     watchdog: Watchdog,
-) -> Callable[[int], Mapping[str, _HeldOut]]:
+) -> Callable[[int], Mapping[str, EvaluatedPrompts]]:
     """Rewards of held-out prompts, one completion each."""
     sampling = Sampling(
         max_new_tokens=cfg.rollout.max_new_tokens,
         temperature=cfg.evaluation.temperature,
-        stop_tokens=tuple(stop_tokens),
+        stop_tokens=tuple(ends),
         seed=cfg.run.seed,
     )
 
-    def evaluate(step: int) -> dict[str, _HeldOut]:
+    def evaluate(step: int) -> dict[str, EvaluatedPrompts]:
         results = {}
         for name, prompts in held_out.items():
             watchdog.beat(f"evaluation of {name} after step {step}")
             chosen = prompts[: cfg.evaluation.max_prompts]
-            results[name] = _HeldOut(evaluate_prompts(engine, verifier, chosen, group_size=1, sampling=sampling, groups=groups))
+            results[name] = evaluate_prompts(engine, verifier, chosen, group_size=1, sampling=sampling, groups=groups)
         return results
 
     return evaluate

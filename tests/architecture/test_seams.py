@@ -17,6 +17,7 @@ MEGATRON_SEAMS = {
     "megarpt/model/attention.py": "core attention for its layer specs",
     "megarpt/model/build.py": "its model and data-parallel wrapper",
     "megarpt/parallel/context.py": "its all-gather along the sequence",
+    "megarpt/model/decoding.py": "the parameters of its layers",
     "megarpt/model/experts.py": "its routers' losses",
     "megarpt/model/forward.py": "its pipeline schedules",
     "megarpt/model/generation.py": "its inference context",

@@ -3,15 +3,31 @@ import pytest
 from megarpt.config.fields import iter_fields, section_at
 from megarpt.config.schema import (
     CorpusSource,
+    EvaluateAnswersOptions,
     EvaluateOptions,
     GenerateOptions,
     PretrainConfig,
     ReferenceConfig,
+    RLConfig,
     ScoreOptions,
+    ServeOptions,
+    SftConfig,
 )
 
 
-@pytest.mark.parametrize("model", [PretrainConfig, ScoreOptions, EvaluateOptions, GenerateOptions])
+@pytest.mark.parametrize(
+    "model",
+    [
+        PretrainConfig,
+        SftConfig,
+        RLConfig,
+        ScoreOptions,
+        EvaluateOptions,
+        EvaluateAnswersOptions,
+        GenerateOptions,
+        ServeOptions,
+    ],
+)
 def test_every_field_is_documented(model):
     undocumented = [field.key for field in iter_fields(model) if len(field.doc) < 10]
     assert undocumented == []

@@ -246,7 +246,12 @@ def test_no_rule_is_without_a_test_that_breaks_it():
     assert set(validate.RULES[PretrainConfig]) == {rule for rule, _, _ in BREAKS}
 
 
-ANSWERS = {"run": {"dir": "runs/x"}, "data": {"tokenizer": "bytes", "train": [{"path": "a"}]}, "train": {"train_tokens": 1000}}
+ANSWERS = {
+    "run": {"dir": "runs/x"},
+    "model": {"init_from": "runs/start"},
+    "data": {"tokenizer": "bytes", "train": [{"path": "a"}]},
+    "train": {"train_tokens": 1000},
+}
 ROLLOUTS = {
     "run": {"dir": "runs/x"},
     "model": {"init_from": "runs/start"},
@@ -271,6 +276,8 @@ def changed(kind, values):
 
 SERVER = {"rollout.engine": "server", "rollout.url": "http://localhost:8000", "rollout.weights_dir": "weights"}
 OTHER_BREAKS = [
+    (SftConfig, validate.answers_start_from_weights, {"model.init_from": None}, "model.init_from"),
+    (SftConfig, validate.answers_are_kept_apart, {"data.separate_documents": False}, "data.separate_documents"),
     (SftConfig, validate.answers_have_an_online_reference, {**RHO1}, "objective.reference"),
     (SftConfig, validate.answers_are_not_split, {"evaluation.split_fraction": 0.5}, "evaluation.split_fraction"),
     (RLConfig, validate.policy_starts_from_weights, {"model.init_from": None}, "model.init_from"),
