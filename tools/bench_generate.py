@@ -212,11 +212,14 @@ def compare(groups: ProcessGroups, size: str, names: Sequence[str], rounds: int)
 
 
 def show(rows: Sequence[dict[str, float | str]]) -> Table:
-    table = Table(title=f"new tokens per second, batch {BATCH}, fp32, vocabulary {VOCAB:,}")
-    for column in rows[0]:
-        table.add_column(column.replace("_", " "), justify="right")
+    """Of one model, a column per case."""
+    first = rows[0]
+    table = Table(title=f"model of {first['model']} parameters, batch {BATCH}, fp32, {first['threads']} threads")
+    table.add_column("")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else value for value in row.values()))
+        table.add_column(str(row["case"]), justify="right")
+    for key in [key for key, value in first.items() if isinstance(value, float)]:
+        table.add_row(key.replace("_", " "), *(f"{row[key]:.4g}" for row in rows))
     return table
 
 
@@ -231,8 +234,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
     groups = ParallelLayout().initialize(seed=1)
-    rows = [row for size in args.models for row in compare(groups, size, args.cases, args.rounds)]
-    Console().print(show(rows))
+    rows: list[dict[str, float | str]] = []
+    for size in args.models:
+        rows += compare(groups, size, args.cases, args.rounds)
+        Console().print(show([row for row in rows if row["model"] == size]))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     MACHINE.close()

@@ -175,6 +175,11 @@ class EmbeddedEngine:
         sequence.prompt.num_waiting -= 1
         self._forget(sequence)
 
+    def drawn_so_far(self, key: str) -> tuple[Sequence[int], Sequence[float]]:
+        """Tokens and log-probabilities of a completion that runs; none of one that waits or has ended."""
+        running = next((each for each in self._running if each.key == key), None)
+        return ((), ()) if running is None else (running.tokens, running.logprobs)
+
     @torch.no_grad()
     def step(self) -> list[tuple[str, Completion]]:
         """Draw a token for every running sequence, those that are admitted now included; what has ended with it.

@@ -28,14 +28,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from megarpt.corpus.records import read_records, shorten
 from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.errors import CheckpointError, ConfigError, DataError
 from megarpt.rl.answers import LETTERS, last_box
@@ -108,7 +108,7 @@ def load_prompts(path: str | Path, tokenizer: Tokenizer, *, template: str, max_p
     prompts: list[Prompt] = []
     line_of: dict[str, int] = {}
     num_too_long = 0
-    for number, record in _records(path):
+    for number, record in read_records(path, what="prompts"):
         where = f"{path}:{number}"
         name = _id(record, number, where)
         if name in line_of:
@@ -188,7 +188,7 @@ class PromptStream:
         for name, own in (("fingerprint", self.fingerprint), ("seed", self.seed)):
             if state.get(name) != own:
                 raise CheckpointError(
-                    f"prompts: the checkpoint has {name} {_short(state.get(name))}, expected {_short(own)} as of the prompts "
+                    f"prompts: the checkpoint has {name} {shorten(state.get(name))}, expected {shorten(own)} as of the prompts "
                     "that were given; resume with the file, template, max_prompt_tokens and seed of the run, or start another"
                 )
         epoch, position, put_off = state.get("epoch"), state.get("position"), state.get("put_off")
@@ -199,7 +199,7 @@ class PromptStream:
             or len({each for each in put_off if 0 <= each < count}) < len(put_off)
         ):
             raise CheckpointError(
-                f"prompts: the checkpoint has epoch {epoch!r}, position {position!r} and put_off {_short(put_off)}, expected "
+                f"prompts: the checkpoint has epoch {epoch!r}, position {position!r} and put_off {shorten(put_off)}, expected "
                 f"0 or more, a position from 0 to {count}, and different places below that; it is damaged: resume from another"
             )
         self.epoch, self.position, self.put_off = epoch, position, list(put_off)
@@ -223,28 +223,10 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record), from 1; empty lines are passed over."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # no UTF-8 is one too
-                    raise DataError(f"{path}:{number}: this is no JSON ({error}); expected an object on every line") from error
-                if not isinstance(record, dict):
-                    raise DataError(f"{path}:{number}: got {_short(record)}, expected an object with the keys of a prompt")
-                yield number, record
-    except OSError as error:
-        raise DataError(f"cannot read prompts {path}: {error.strerror or error}; expected a file of JSON Lines") from error
-
-
 def _id(record: Mapping[str, Any], number: int, where: str) -> str:
     name = record.get("id", record.get("ID", f"line-{number}"))
     if type(name) not in (str, int) or name == "":
-        raise DataError(f"{where}: id: got {_short(name)}, expected a text or a number")
+        raise DataError(f"{where}: id: got {shorten(name)}, expected a text or a number")
     return str(name)
 
 
@@ -255,12 +237,12 @@ def _next_token_prompt(
     made_by = record.get("tokenizer", tokenizer.sha256[:TOKENIZER_DIGITS])
     if made_by != tokenizer.sha256[:TOKENIZER_DIGITS]:
         raise DataError(
-            f"{where}: made with tokenizer {_short(made_by)}, expected the policy's, {tokenizer.sha256[:TOKENIZER_DIGITS]} "
+            f"{where}: made with tokenizer {shorten(made_by)}, expected the policy's, {tokenizer.sha256[:TOKENIZER_DIGITS]} "
             f"({tokenizer.name}); mine the prompts with it (tools/build_rpt_prompts.py)"
         )
     context = record.get("context")
     if not _are_ints(context) or not all(0 <= each < tokenizer.vocab_size for each in context):
-        raise DataError(f"{where}: context: got {_short(context)}, expected ids from 0 to {tokenizer.vocab_size - 1}")
+        raise DataError(f"{where}: context: got {shorten(context)}, expected ids from 0 to {tokenizer.vocab_size - 1}")
     room = max_prompt_tokens - form.num_tokens
     if room < 1:
         raise ConfigError(
@@ -281,13 +263,13 @@ def _continuation(record: Mapping[str, Any], where: str) -> bytes:
     try:
         return base64.b64decode(record["continuation"], validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
-        raise DataError(f"{where}: continuation: got {_short(record['continuation'])}, expected bytes in base64") from error
+        raise DataError(f"{where}: continuation: got {shorten(record['continuation'])}, expected bytes in base64") from error
 
 
 def _boundaries(record: Mapping[str, Any], where: str) -> tuple[int, ...]:
     ends = record.get("boundaries")
     if not _are_ints(ends) or not ends or not all(a < b for a, b in pairwise((0, *ends))):
-        raise DataError(f"{where}: boundaries: got {_short(ends)}, expected rising lengths in bytes, from 1")
+        raise DataError(f"{where}: boundaries: got {shorten(ends)}, expected rising lengths in bytes, from 1")
     return tuple(ends)
 
 
@@ -298,7 +280,7 @@ def _question_prompt(
     _check_template(form, "question", where)
     question = _first(record, _QUESTION_KEYS, where)
     if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: question: got {_short(question)}, expected a text")
+        raise DataError(f"{where}: question: got {shorten(question)}, expected a text")
     body = next((record[key] for key in _BODY_KEYS if key in record), None)
     if body is not None:
         body = str(body).rstrip()
@@ -306,7 +288,7 @@ def _question_prompt(
     choices = record.get("choices")
     if choices is not None:
         if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-            raise DataError(f"{where}: choices: got {_short(choices)}, expected a list of 2 to {len(LETTERS)} texts")
+            raise DataError(f"{where}: choices: got {shorten(choices)}, expected a list of 2 to {len(LETTERS)} texts")
         question += "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     try:
         tokens = form.around_question(question)
@@ -325,13 +307,13 @@ def _question_answer(given: Any, choices: Sequence[Any] | None, where: str) -> d
         letter = letters[given] if type(given) is int and 0 <= given < len(letters) else given
         if not isinstance(letter, str) or len(letter) != 1 or letter not in letters:
             raise DataError(
-                f"{where}: answer: got {_short(given)}, expected a letter from A to {letters[-1]}, or the number of a choice"
+                f"{where}: answer: got {shorten(given)}, expected a letter from A to {letters[-1]}, or the number of a choice"
             )
         return {"choice": letter}
     if type(given) is float and given.is_integer():
         given = int(given)
     if type(given) not in (str, int, float) or not str(given).strip():
-        raise DataError(f"{where}: answer: got {_short(given)}, expected a text or a number")
+        raise DataError(f"{where}: answer: got {shorten(given)}, expected a text or a number")
     text = str(given)
     box = last_box(text.encode("utf-8", "surrogatepass"))
     if box is not None:
@@ -342,7 +324,7 @@ def _question_answer(given: Any, choices: Sequence[Any] | None, where: str) -> d
     with_unit = _UNIT.fullmatch(text)
     text = with_unit[1] if with_unit else text
     if not text:
-        raise DataError(f"{where}: answer: got {_short(given)}, expected something after #### or in the box")
+        raise DataError(f"{where}: answer: got {shorten(given)}, expected something after #### or in the box")
     return {"solution": text, "text": text}
 
 
@@ -351,7 +333,7 @@ def _first(record: Mapping[str, Any], keys: Sequence[str], where: str) -> Any:
         if key in record:
             return record[key]
     raise DataError(
-        f"{where}: got the keys {_short(sorted(record))}, expected `continuation` of a next-token record, or one of "
+        f"{where}: got the keys {shorten(sorted(record))}, expected `continuation` of a next-token record, or one of "
         f"{', '.join(keys)}"
     )
 
@@ -370,8 +352,3 @@ def _are_ints(value: Any) -> TypeGuard[list[int]]:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

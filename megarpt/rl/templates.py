@@ -16,14 +16,13 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from megarpt.corpus.tokenizers import HuggingFaceTokenizer, Tokenizer
+from megarpt.corpus.markers import MarkedText
+from megarpt.corpus.tokenizers import Tokenizer
 from megarpt.errors import ConfigError
 
 PLACEHOLDERS = ("context", "question", "prompt")
 
 _PLACEHOLDER = re.compile(r"\{(" + "|".join(PLACEHOLDERS) + r")\}")
-_MARKER = re.compile(r"[<\[].*[>\]]")  # how special tokens are spelled
-_ANCHOR = "\n"  # a text that does not grow together with what follows it
 
 # The first seven vary what RPT's appendix D varies (whether a passage is to be continued or a prediction to be made, of one
 # token or of words, whether the thought is opened for the policy, how the answer is to be given), in words of our own.
@@ -122,12 +121,11 @@ class PromptTemplate:
         match = _PLACEHOLDER.search(self.text)
         assert match is not None
         self.placeholder = match[1]
-        self._tokenizer = tokenizer
-        self._pads = (tokenizer.token_bytes(tokenizer.encode("a")[0]) or b"").startswith(b" ")
-        specials = _special_ids(tokenizer, self.text)
-        before, after = self.text[: match.start()], self.text[match.end() :]
-        self._before, self._after = _split(before, specials), _split(after, specials)
-        self._ids_before, self._ids_after = self._encode(self._before, is_first=True), self._encode(self._after, is_first=False)
+        self._marked = MarkedText(tokenizer)
+        self._before = self._marked.split(self.text[: match.start()])
+        self._after = self._marked.split(self.text[match.end() :])
+        self._ids_before = self._marked.encode(self._before, is_first=True)
+        self._ids_after = self._marked.encode(self._after, is_first=False)
 
     @property
     def num_tokens(self) -> int:
@@ -147,55 +145,7 @@ class PromptTemplate:
         *parts, head = self._before
         tail, *rest = self._after
         assert isinstance(head, str) and isinstance(tail, str)
-        return tuple(self._encode([*parts, head + question + tail, *rest], is_first=True))
-
-    def _encode(self, parts: Sequence[str | int], *, is_first: bool) -> list[int]:
-        """Ids of texts and special tokens that stand in a row. The first text of a prompt is one even behind special tokens."""
-        ids: list[int] = []
-        for part in parts:
-            if isinstance(part, int):
-                ids.append(part)
-            elif part:
-                ids += self._tokenizer.encode(part) if is_first else self._encode_within(part)
-                is_first = False
-        return ids
-
-    def _encode_within(self, text: str) -> list[int]:
-        """Ids of a text that something precedes. Tokenizers with a dummy prefix put a blank before whatever they are given,
-        which is meant for the beginning of a document only."""
-        ids = self._tokenizer.encode(text)
-        if not self._pads:
-            return ids
-        anchor, anchored = self._tokenizer.encode(_ANCHOR), self._tokenizer.encode(_ANCHOR + text)
-        without = anchored[len(anchor) :]
-        is_apart = anchored[: len(anchor)] == anchor and _bytes(self._tokenizer, anchor).endswith(_ANCHOR.encode())
-        return (
-            without if is_apart and without and b" " + _bytes(self._tokenizer, without) == _bytes(self._tokenizer, ids) else ids
-        )
-
-
-def _split(text: str, specials: dict[str, int]) -> list[str | int]:
-    """Texts with the special tokens between them; the first and the last part are texts, maybe empty."""
-    if not specials:
-        return [text]
-    longest_first = sorted(specials, key=len, reverse=True)
-    parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-    return [specials[part] if place % 2 else part for place, part in enumerate(parts)]
-
-
-def _special_ids(tokenizer: Tokenizer, text: str) -> dict[str, int]:
-    """Special tokens whose names stand in the text, and which its tokenizer would not find there by itself.
-
-    Cost: one look at every id, where the text has anything like a name.
-    """
-    if isinstance(tokenizer, HuggingFaceTokenizer) or _MARKER.search(text) is None:
-        return {}
-    names = {tokenizer.token_text(each): each for each in range(tokenizer.vocab_size) if tokenizer.token_bytes(each) is None}
-    return {name: number for name, number in names.items() if _MARKER.fullmatch(name) and name in text}
-
-
-def _bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> bytes:
-    return b"".join(tokenizer.token_bytes(each) or b"" for each in ids)
+        return tuple(self._marked.encode([*parts, head + question + tail, *rest], is_first=True))
 
 
 def _known() -> str:

@@ -7,8 +7,10 @@ import sys
 from megarpt.config.schema import GenerateOptions, ParallelConfig
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
-from megarpt.model.generation import generate
 from megarpt.parallel.layout import ParallelLayout
+from megarpt.rl.embedded_engine import EmbeddedEngine
+from megarpt.rl.rollout import Sampling
+from megarpt.rl.structs import Prompt
 from megarpt.run.pretrained import load_pretrained
 
 
@@ -20,7 +22,8 @@ def run(options: GenerateOptions, runtime: Runtime) -> int:
     """
     parallel = ParallelConfig()
     layout = ParallelLayout.resolve(parallel, runtime.world_size)
-    trained = load_pretrained(options.checkpoint, runtime, layout, layout.initialize(options.seed), parallel)
+    groups = layout.initialize(options.seed)
+    trained = load_pretrained(options.checkpoint, runtime, layout, groups, parallel)
     tokenizer, limit = trained.tokenizer, trained.config.data.seq_length
     prompt = list(tokenizer.encode(options.prompt))
     if not prompt:
@@ -30,19 +33,19 @@ def run(options: GenerateOptions, runtime: Runtime) -> int:
             f"--max-new-tokens: {len(prompt)} tokens of prompt and {options.max_new_tokens} new ones exceed the {limit} tokens "
             f"the model was trained on; shorten the prompt or ask for at most {max(0, limit - len(prompt))}"
         )
-    samples = generate(
-        trained.network,
-        prompt,
-        num_samples=options.num_samples,
+    engine = EmbeddedEngine(trained.network, tokenizer, groups, runtime.device, max_sequence_length=limit)
+    sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        stop_tokens=() if tokenizer.eod is None else (tokenizer.eod,),
         seed=options.seed,
-        eod=tokenizer.eod,
-        device=runtime.device,
     )
+    prompts = [Prompt(id="--prompt", tokens=tuple(prompt))]
+    (group,) = engine.generate(prompts, group_size=options.num_samples, sampling=sampling)
     if runtime.rank == 0:
+        samples = [each.tokens for each in group.completions]
         texts = [tokenizer.decode([*prompt, *(i for i in ids if i != tokenizer.eod)]) for ids in samples]
         sys.stdout.write(("\n" + "-" * 20 + "\n").join(texts) + "\n")
     return EXIT_OK

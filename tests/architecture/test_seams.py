@@ -20,7 +20,6 @@ MEGATRON_SEAMS = {
     "megarpt/model/decoding.py": "the parameters of its layers",
     "megarpt/model/experts.py": "its routers' losses",
     "megarpt/model/forward.py": "its pipeline schedules",
-    "megarpt/model/generation.py": "its inference context",
     "megarpt/model/norm.py": "norms for its layer specs",
     "megarpt/model/parameters.py": "its marks of shared parameters",
     "megarpt/model/specs.py": "its layer specs",

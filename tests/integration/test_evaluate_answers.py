@@ -21,7 +21,6 @@ from megarpt.device import runtime
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_CONFIG, EXIT_OK, ConfigError, DataError, StopRequested
 from megarpt.model.build import build_model
-from megarpt.model.generation import generate
 from megarpt.parallel.layout import ParallelLayout
 from megarpt.rl.pass_at_k import wilson_interval
 from megarpt.rl.prompts import next_token_record
@@ -132,14 +131,17 @@ def evaluate(trained: str, cpu_runtime: Runtime) -> Evaluate:
 
 
 def greedy_answers(checkpoint: str, runtime: Runtime, prompts: list[bytes], new: int) -> list[bytes]:
-    """By megatron-core's own cache, one prompt after the other."""
+    """By the whole forward pass for every token, one prompt after the other."""
     layout = ParallelLayout()
     model = load_pretrained(checkpoint, runtime, layout, layout.initialize(seed=0), ParallelConfig())
-    likeliest: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "num_samples": 1}
-    rows = [
-        generate(model.network, list(prompt), max_new_tokens=new, eod=256, device=runtime.device, **likeliest)[0]
-        for prompt in prompts
-    ]
+    rows = []
+    for prompt in prompts:
+        ids = list(prompt)
+        while len(ids) < len(prompt) + new and ids[-1] != 256:
+            with torch.no_grad():
+                logits = model.network(torch.tensor([ids]), torch.arange(len(ids))[None], None, runtime_gather_output=True)
+            ids.append(int(logits[0, -1, :257].argmax()))
+        rows.append(ids[len(prompt) :])
     return [bytes(each for each in row if each < 256) for row in rows]
 
 

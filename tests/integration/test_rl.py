@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -270,3 +271,34 @@ def test_a_truncated_distribution_shows_as_a_gap(start_of, train, tmp_path):
     lines = train(policy_config(tmp_path / "run", *start_of, **{"rollout.top_k": 20, "train.train_steps": 1}))
     assert lines[0]["policy/sampler_gap_nats"] > 1.0
     assert torch.isfinite(torch.tensor(lines[0]["train/loss_nats"]))
+
+
+def test_a_server_draws_what_the_policy_itself_would(start_of, train, tmp_path):
+    """Weights go to the server after every step, or the second step would differ."""
+    weights_dir = tmp_path / "weights"
+    weights_dir.mkdir()
+    command = [sys.executable, "-m", "megarpt", "serve", str(start_of[0]), "--port", "0", "--weights-dir", str(weights_dir)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
+        log = []
+        for line in server.stderr:
+            log.append(line)
+            if found := re.search(r"at (http://\S+)/v1", line):
+                break
+        else:
+            raise AssertionError("".join(log))
+        try:
+            embedded, served = (
+                policy_config(tmp_path / engine, *start_of, **settings, **{"train.train_steps": 3})
+                for engine, settings in (
+                    ("embedded", {}),
+                    ("server", {"rollout.engine": "server", "rollout.url": found[1], "rollout.weights_dir": str(weights_dir)}),
+                )
+            )
+            expected, lines = train(embedded), train(served)
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+    tags = ("rl/reward_mean", "rl/sampled_tokens", "tokens/trained", "train/loss_nats", "optim/grad_norm")
+    assert [{tag: line[tag] for tag in tags} for line in lines] == [{tag: line[tag] for tag in tags} for line in expected]
+    assert checkpoint_hash(served.run.dir) == checkpoint_hash(embedded.run.dir)
+    assert all(line["policy/sampler_gap_max_nats"] < 1e-4 for line in lines)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from megarpt.device.runtime import Runtime
 from megarpt.model import build, forward
 from megarpt.model.attention import SdpaCoreAttention
-from megarpt.model.generation import generate, sample
 from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups
 from megarpt.structs import TokenBatch, TokenStats
@@ -116,39 +115,6 @@ def test_padded_vocabulary_carries_no_probability(cpu_runtime: Runtime, one_rank
     with torch.no_grad():
         network.output_layer.weight[VOCAB:] = 100.0
     assert torch.equal(before, stats_of(network, batch).logprob)
-
-
-def test_generation_with_cache_equals_generation_without(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:
-    network = make_network(one_rank).eval()
-    prompt = [5, 6, 7, 8]
-    options = {"num_samples": 2, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1, "eod": None}
-    out = generate(network, prompt, max_new_tokens=8, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
-    plain = PlainGPT(384, 2, 64, 4, 2, 96)
-    plain.load_mcore(network.state_dict())
-    ids = list(prompt)
-    for _ in range(8):
-        ids.append(int(plain(torch.tensor([ids]))[0, -1, :VOCAB].argmax()))
-    assert out == [ids[4:]] * 2
-
-
-def test_generation_stops_at_the_end_of_the_document(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:
-    network = make_network(one_rank).eval()
-    options = {"num_samples": 1, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 1}
-    cpu = torch.device("cpu")
-    free = generate(network, [5, 6], max_new_tokens=6, eod=None, device=cpu, **options)[0]  # type: ignore[arg-type]
-    eod = free[2]
-    assert generate(network, [5, 6], max_new_tokens=6, eod=eod, device=cpu, **options)[0] == free[: free.index(eod) + 1]  # type: ignore[arg-type]
-
-
-def test_sampling_respects_top_k_and_top_p() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(2000, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert set(sample(logits, 1.0, 2, 1.0, generator).tolist()) == {0, 1}
-    assert set(sample(logits, 1.0, 0, 0.6, generator).tolist()) == {0}  # the first token alone holds 0.64
-    assert set(sample(logits, 1.0, 0, 0.7, generator).tolist()) == {0, 1}
-    assert set(sample(logits, 1.0, 0, 1.0, generator).tolist()) == {0, 1, 2, 3}
-    frequency = (sample(logits, 0.5, 0, 1.0, generator) == 0).float().mean()
-    assert abs(float(frequency) - float((logits[0] / 0.5).softmax(0)[0])) < 0.03
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 5), (3, 5)])
