@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Every variable of a job, with its reason. Sourced by the batch scripts; srun hands all of it to the tasks.
-# What is already set when the job is submitted wins: MEGARPT_CONTAINER=... sbatch slurm/pretrain.sbatch ...
+# What is already set when the job is submitted wins: MEGARPT_CONTAINER=... sbatch slurm/train.sbatch ...
 
 # --- what may differ from cluster to cluster ---
 

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What pretrain.sbatch and score.sbatch share: one attempt of a job, from its first line to the decision about the next.
+# What train.sbatch and score.sbatch share: one attempt of a job, from its first line to the decision about the next.
 #
 # The batch shell gets USR1 before the time limit (--signal=B:USR1@300) and hands it to the tasks, which save and end. TERM,
 # which preemption and scancel send, reaches the tasks directly. torchrun would die of either while its workers are still

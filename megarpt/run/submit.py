@@ -1,6 +1,6 @@
-"""`megarpt submit`: a pretraining job for Slurm, checked as far as possible before it waits in a queue.
+"""`megarpt submit`: a training job for Slurm, checked as far as possible before it waits in a queue.
 
-The job is `slurm/pretrain.sbatch` of the repository with its header filled in; nothing of it is kept here a second time.
+The job is `slurm/train.sbatch` of the repository with its header filled in; nothing of it is kept here a second time.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(cfg: TrainingConfig, options: SubmitOptions) -> int:
     with write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(config, dump_resolved(cfg).encode())
-    path = folder / "pretrain.sbatch"
+    path = folder / "train.sbatch"
     atomic_write_bytes(path, script.encode())
     job = _submit(path)
     sys.stdout.write(
@@ -120,7 +120,7 @@ def seconds_of(text: str) -> int:
 
 
 def _template(home: Path) -> str:
-    path = home / "slurm" / "pretrain.sbatch"
+    path = home / "slurm" / "train.sbatch"
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

@@ -60,7 +60,7 @@ class World:
     def pretrain(self, name: str, *options: str, overrides: tuple[str, ...] = (), nodes: int = 2, **environment: str) -> str:
         """Submit the shipped script, for a run in runs/<name>."""
         header = [*ON_CPUS, f"--nodes={nodes}", f"--job-name={name}", *(options or (CALM,))]
-        script = str(ROOT / "slurm/pretrain.sbatch")
+        script = str(ROOT / "slurm/train.sbatch")
         return self.sbatch(*header, script, "config.yaml", f"run.dir=runs/{name}", *overrides, **environment)
 
     def wait(self, job: str, what: str, is_reached: Any) -> None:

@@ -59,11 +59,11 @@ def header(script: str) -> dict[str, str]:
 def test_what_is_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("optimizer.lr=1e-3", "--partition", "h100", "--account", "me", "--sbatch=--qos=high") == 0
     folder = tmp_path / "runs/x/slurm"
-    script = (folder / "pretrain.sbatch").read_text()
+    script = (folder / "train.sbatch").read_text()
     assert (tmp_path / "tried").read_text() == script
-    assert (tmp_path / "calls").read_text().splitlines() == ["--test-only", f"--parsable {folder}/pretrain.sbatch"]
+    assert (tmp_path / "calls").read_text().splitlines() == ["--test-only", f"--parsable {folder}/train.sbatch"]
     options = header(script)
-    assert options == header((ROOT / "slurm/pretrain.sbatch").read_text()) | {
+    assert options == header((ROOT / "slurm/train.sbatch").read_text()) | {
         "job-name": "x",
         "nodes": "2",
         "gpus-per-node": "8",
@@ -82,7 +82,7 @@ def test_what_is_submitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_body_is_the_shipped_script() -> None:
-    shipped = (ROOT / "slurm/pretrain.sbatch").read_text()
+    shipped = (ROOT / "slurm/train.sbatch").read_text()
     options = SubmitOptions(nodes=2, time="10:00:00")
     script = submit.render(shipped, options, config=Path("/c.yaml"), home=Path("/h"), output=Path("/runs/x/slurm/%j.log"))
     added = [line for line in script.splitlines() if line not in shipped.splitlines() and not line.startswith("#SBATCH")]

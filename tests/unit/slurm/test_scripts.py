@@ -17,7 +17,7 @@ SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.execu
 
 
 def test_the_scripts_are_there() -> None:
-    assert {"env.sh", "job.sh", "preflight.sh", "preprocess.sbatch", "pretrain.sbatch", "rl.sbatch", "score.sbatch"} <= {
+    assert {"env.sh", "job.sh", "preflight.sh", "preprocess.sbatch", "train.sbatch", "score.sbatch"} <= {
         s.name for s in SCRIPTS
     }
 
@@ -52,7 +52,7 @@ def test_the_readme_explains_every_variable_and_script() -> None:
     assert {path.name for path in (ROOT / "slurm").iterdir() if path.name not in readme and path.is_file()} <= {"README.md"}
 
 
-@pytest.mark.parametrize("name", ["pretrain", "rl", "score", "preprocess"])
+@pytest.mark.parametrize("name", ["train", "score", "preprocess"])
 def test_outside_the_repository_they_say_what_to_do(name: str, tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)}
     command = ["bash", str(ROOT / f"slurm/{name}.sbatch"), "x"]
