@@ -18,7 +18,7 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 
-from megarpt.config.schema import RLConfig
+from megarpt.config.schema import DynamicSamplingConfig, RLConfig
 from megarpt.errors import NumericsError
 from megarpt.objectives.policy_gradient import kl_estimate
 from megarpt.parallel.collectives import from_all_samples, from_first_of_copy, from_last_stage
@@ -99,7 +99,8 @@ class PolicyLoop(RunLoop):
             top_p=rollout.top_p,
             stop_tokens=tuple(stop_tokens),
         )
-        self.seconds: dict[str, float] = {}
+        self.place = prompts.state_dict()  # where the next iteration begins
+        self.seconds: dict[str, float] = {}  # of the iteration under way
 
     def train_step(self) -> bool:
         """One iteration: what is drawn, judged, weighed, trained on and published."""
@@ -113,7 +114,7 @@ class PolicyLoop(RunLoop):
                 self.score(pack.packed)
         advantages = [self.weigh(pack) for pack in packs]
         with self.timed("train"), self.perf.step():
-            reports = [self.update(pack.packed, number) for pack in packs]
+            reports = [self.update(pack.packed) for pack in packs]
         self.publish(number + 1)
         self.seconds["rest"] = time.perf_counter() - started - sum(self.seconds.values())
         self.record(reports, drawn, packs, advantages)
@@ -125,23 +126,22 @@ class PolicyLoop(RunLoop):
         Raises:
             NumericsError: too few groups teach anything, and the configuration says to stop then.
         """
-        wanted, rule = self.cfg.rollout.prompts_per_step, self.cfg.objective.dynamic_sampling
-        is_dynamic = rule is not None and iteration >= rule.start_step
+        wanted = missing = self.cfg.rollout.prompts_per_step
+        rule = self.replacing(iteration)
+        if rule is None:
+            return self.draw_once(iteration, 0, 0, wanted)
         drawn: list[Judged] = []
-        for attempt in range(rule.max_rounds if is_dynamic and rule is not None else 1):
+        for attempt in range(rule.max_rounds):
             first = sum(from_all_samples(len(drawn), self.groups))
-            drawn += self.draw_once(iteration, attempt, first, wanted)
-            if not is_dynamic or rule is None:
+            drawn += self.draw_once(iteration, attempt, first, missing)
+            missing = wanted - len(self.living(drawn))
+            if missing == 0:
                 return drawn
-            wanted = self.cfg.rollout.prompts_per_step - len(self.living(drawn))
-            if wanted == 0:
-                return drawn
-        have = len(self.living(drawn))
-        if rule is not None and rule.at_cap == "stop":
+        if rule.at_cap == "stop":
             raise NumericsError(
-                f"step {iteration + 1}: after {rule.max_rounds} rounds of prompts {have} groups have rewards that differ, "
-                f"expected rollout.prompts_per_step = {self.cfg.rollout.prompts_per_step}; use prompts that are neither too "
-                "easy nor too hard, raise objective.dynamic_sampling.max_rounds, or set at_cap to train"
+                f"step {iteration + 1}: after {rule.max_rounds} rounds of prompts {wanted - missing} groups have rewards that "
+                f"differ, expected rollout.prompts_per_step = {wanted}; use prompts that are neither too easy nor too hard, "
+                "raise objective.dynamic_sampling.max_rounds, or set at_cap to train"
             )
         return drawn
 
@@ -168,11 +168,15 @@ class PolicyLoop(RunLoop):
 
     def choose(self, drawn: Sequence[Judged]) -> list[Judged]:
         """What is trained on: all that was drawn at first, or the groups that teach something where others were drawn too."""
-        rule = self.cfg.objective.dynamic_sampling
-        if rule is None or self.state.progress.step < rule.start_step:
+        if self.replacing(self.state.progress.step) is None:
             return list(drawn)
-        numbers = self.living(drawn) or range(self.cfg.rollout.prompts_per_step)
-        return [judged for judged in drawn if judged.number in set(numbers)]
+        numbers = set(self.living(drawn) or range(self.cfg.rollout.prompts_per_step))
+        return [judged for judged in drawn if judged.number in numbers]
+
+    def replacing(self, iteration: int) -> DynamicSamplingConfig | None:
+        """How groups that teach nothing are replaced in this iteration; None where they are not."""
+        rule = self.cfg.objective.dynamic_sampling
+        return None if rule is None or iteration < rule.start_step else rule
 
     def shares(self, chosen: Sequence[Judged]) -> list[list[Judged]]:
         """The groups of each update: the chosen ones of all ranks, in order, divided evenly."""
@@ -238,7 +242,7 @@ class PolicyLoop(RunLoop):
                 found.append(objective.kl_coef * float(estimate.sum(dtype=torch.float64)))
         return from_last_stage(found, self.groups)
 
-    def update(self, packed: PackedRollouts, number: int) -> StepReport:
+    def update(self, packed: PackedRollouts) -> StepReport:
         """One optimizer step, and how far the engine's log-probabilities are from the trainer's."""
         report = self.step(packed.batches, self.state.progress)
         gap = self.largest_gap() if self.cfg.objective.updates_per_rollout == 1 else {}
@@ -282,6 +286,7 @@ class PolicyLoop(RunLoop):
         self.state = self.state.after_step(
             combined(reports), samples=int(everything.counts["rl/completions"]), tokens_seen=tokens
         )
+        self.place = self.prompts.state_dict()
         self.run.record(self.state.progress, counts=self.state.counts())
         self.monitor.step(reports, self.state.progress, summary(everything), self.seconds, tokens=tokens)
         if self.rollouts.is_due(before, self.state.progress.step):
@@ -298,8 +303,8 @@ class PolicyLoop(RunLoop):
         self.evaluated_at = step
 
     def state_to_save(self) -> TrainState:
-        """The state with the place in the prompts."""
-        return replace(self.state, data=self.prompts.state_dict())
+        """The state with the place in the prompts, before those of an iteration that was not finished."""
+        return replace(self.state, data=self.place)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -18,8 +18,9 @@ import torch
 from megarpt.config import validate
 from megarpt.config.load import dump_resolved
 from megarpt.config.schema import ParallelConfig
-from megarpt.errors import CheckpointError, ConfigError, NumericsError
+from megarpt.errors import CheckpointError, ConfigError, NumericsError, StopRequested
 from megarpt.parallel.layout import ParallelLayout
+from megarpt.rl.embedded_engine import EmbeddedEngine
 from megarpt.run import rl
 from megarpt.run.pretrained import load_pretrained
 from megarpt.testing.policy import policy_config, write_policy, write_questions
@@ -127,6 +128,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, start_of, train, tmp_path)
         train(part)
     assert checkpoint_hash(part.run.dir) == checkpoint_hash(whole.run.dir)
     assert [comparable(line) for line in read_lines(part)] == [comparable(line) for line in read_lines(whole)]
+
+
+def test_a_run_that_is_told_to_stop_in_the_middle_of_a_step_draws_that_step_again(start_of, train, tmp_path, monkeypatch):
+    whole = policy_config(tmp_path / "whole", *start_of, **{"train.train_steps": 3})
+    train(whole)
+    cfg = policy_config(tmp_path / "stopped", *start_of, **{"train.train_steps": 3})
+    generate, calls = EmbeddedEngine.generate, []
+
+    def told_to_stop(self, *arguments, **options):
+        calls.append(arguments)
+        if options["sampling"].temperature > 0.0 and len(calls) == 3:  # the evaluation before the first step, and two steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(self, *arguments, **options)
+
+    monkeypatch.setattr(EmbeddedEngine, "generate", told_to_stop)
+    with pytest.raises(StopRequested, match="in step 2"):
+        train(cfg)
+    monkeypatch.undo()
+    train(cfg)
+    assert checkpoint_hash(cfg.run.dir) == checkpoint_hash(whole.run.dir)
+    assert [comparable(line) for line in read_lines(cfg)] == [comparable(line) for line in read_lines(whole)]
 
 
 def test_the_reference_is_where_it_was_last_reset(start_of, train, tmp_path):
