@@ -26,10 +26,13 @@ from megarpt.config.schema import (
     EvaluateOptions,
     ExportOptions,
     GenerateOptions,
+    LanguageModelConfig,
     PlanOptions,
     PretrainConfig,
     RLConfig,
     ScoreOptions,
+    ServeOptions,
+    SftConfig,
     SubmitOptions,
     TrainingConfig,
     VerifyResumeOptions,
@@ -117,6 +120,14 @@ def _pretrain(args: argparse.Namespace) -> int | None:
         return pretrain.run(cfg, runtime)
 
 
+def _sft(args: argparse.Namespace) -> int | None:
+    cfg = load_config(args.config, args.overrides, kind=SftConfig, world_size=_place_in_world()[1])
+    with _machine(cfg.run.device) as runtime:
+        from megarpt.run import pretrain
+
+        return pretrain.run(cfg, runtime)
+
+
 def _rl(args: argparse.Namespace) -> int | None:
     cfg = load_config(args.config, args.overrides, kind=RLConfig, world_size=_place_in_world()[1])
     with _machine(cfg.run.device) as runtime:
@@ -139,8 +150,8 @@ def _evaluate(args: argparse.Namespace) -> int | None:
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) not in (None, [])]
     if given:
         raise ConfigError(
-            f"{', '.join(given)}: no effect {'with' if args.questions else 'without'} --questions; expected options of one kind, "
-            "as one command evaluates either held-out corpora or questions"
+            f"{', '.join(given)}: no effect {'with' if args.questions else 'without'} --questions; expected those of one kind, "
+            "as held-out corpora and questions are evaluated apart"
         )
     return _evaluate_answers(args) if args.questions else _evaluate_corpora(args)
 
@@ -172,10 +183,14 @@ def _evaluate_answers(args: argparse.Namespace) -> int | None:
     k = [each.strip() for each in (args.k or "").split(",") if each.strip()]
     if not all(each.isdecimal() for each in k):
         raise ConfigError(f"--k: got {args.k!r}, expected numbers with commas between them, for example 1,8")
-    replaced: dict[str, object] = {"questions": questions, "k": tuple(map(int, k)), "parallel": _layout(args)}
+    replaced: dict[str, object] = {"questions": questions, "parallel": _layout(args)}
+    if args.verifier:
+        replaced["verifiers"] = [_verifier(text) for text in args.verifier]
+    if k:
+        replaced["k"] = tuple(map(int, k))
     if args.stop is not None:
         replaced["stop"] = tuple(args.stop)
-    options = _options(EvaluateAnswersOptions, args, verifiers=[_verifier(text) for text in args.verifier], **replaced)
+    options = _options(EvaluateAnswersOptions, args, **replaced)
     with _machine(options.device) as runtime:
         from megarpt.run import evaluate_answers
 
@@ -203,11 +218,19 @@ def _generate(args: argparse.Namespace) -> int | None:
         return generate.run(options, runtime)
 
 
+def _serve(args: argparse.Namespace) -> int | None:
+    options = _options(ServeOptions, args)
+    with _machine(options.device) as runtime:
+        from megarpt.run import serve
+
+        return serve.run(options, runtime)
+
+
 def _verify_resume(args: argparse.Namespace) -> int | None:
     options = _options(VerifyResumeOptions, args)
     launched = _place_in_world()[1]
     world_size = launched if launched > 1 else options.nproc_per_node
-    cfg = load_config(args.config, args.overrides, kind=PretrainConfig, world_size=world_size)
+    cfg = _text_config(args, world_size)
     # This process only watches and compares; the device is for those it starts.
     with _machine("cpu") as runtime:
         from megarpt.run import verify_resume
@@ -238,7 +261,7 @@ def _show_config(args: argparse.Namespace) -> int | None:
 
 def _plan(args: argparse.Namespace) -> int | None:
     options = _options(PlanOptions, args)
-    cfg = load_config(args.config, args.overrides, kind=PretrainConfig, world_size=options.world_size)
+    cfg = _text_config(args, options.world_size)
     from megarpt.run import plan
 
     return plan.run(cfg, options)
@@ -298,6 +321,14 @@ def _report_exit(error: MegarptError, rank: int) -> int:
         sys.stderr.write(f"megarpt: MEGARPT_EXIT_FILE: cannot write {path}: {failure.strerror}\n")
         return error.exit_code  # unheard, a stop must not look like the end
     return EXIT_OK if error.exit_code == EXIT_RESUMABLE else error.exit_code
+
+
+def _text_config(args: argparse.Namespace, world_size: int | None) -> LanguageModelConfig:
+    """The configuration of `megarpt pretrain`, or of `megarpt sft` where its key `command` says so."""
+    cfg = load_config(args.config, args.overrides, world_size=world_size)
+    if not isinstance(cfg, LanguageModelConfig):
+        raise ConfigError(f"command: got {cfg.command}, expected pretrain or sft: megarpt {args.verb} is for these two")
+    return cfg
 
 
 def _value(cfg: TrainingConfig, key: str) -> str:
@@ -384,6 +415,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "  torchrun --nproc-per-node 8 -m megarpt pretrain examples/rho1/config.yaml",
     )
     _add_config(pretrain, None)
+    sft = command(
+        "sft",
+        _sft,
+        "train a model on the answers to given prompts, from a configuration file",
+        "megarpt sft examples/rpt/sft.yaml data.train.0.path=data/answers.jsonl\n"
+        "  torchrun --nproc-per-node 8 -m megarpt sft examples/rpt/sft.yaml",
+    )
+    _add_config(sft, None)
     rl = command(
         "rl",
         _rl,
@@ -415,6 +454,15 @@ def _build_parser() -> argparse.ArgumentParser:
             _generate,
             "continue a text with a trained model",
             "megarpt generate runs/rho1 --prompt 'The function returns' --max-new-tokens 40 --temperature 0.8",
+        )
+    )
+    _add_serve(
+        command(
+            "serve",
+            _serve,
+            "answer requests for completions over HTTP, as OpenAI's clients make them",
+            "megarpt serve runs/rho1 --port 8000\n"
+            """  curl localhost:8000/v1/completions -d '{"prompt": "The function returns", "max_tokens": 40}'""",
         )
     )
     _add_verify_resume(
@@ -466,7 +514,7 @@ def _build_parser() -> argparse.ArgumentParser:
     submit = command(
         "submit",
         _submit,
-        "submit a pretraining run to Slurm",
+        "submit a training run to Slurm",
         "megarpt submit examples/rho1/config.yaml optimizer.lr=3e-4 --nodes 4 --time 24:00:00",
     )
     _add_config(submit, None)
@@ -602,6 +650,22 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="S", help="default: 1234")
     parser.add_argument("--num-samples", type=int, metavar="N", help="continuations to write (default: 1)")
+    _add_device(parser)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run folder or one checkpoint of it")
+    parser.add_argument("--host", metavar="ADDRESS", help="to listen at (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, metavar="N", help="to listen at (default: 8000; 0 takes a free one)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="completions drawn at the same time (default: 64)")
+    parser.add_argument("--max-waiting", type=int, metavar="N", help="completions that may wait or be drawn (default: 65536)")
+    parser.add_argument(
+        "--max-sequence-length", type=int, metavar="N", help="of a prompt with its completion (default: the run's seq_length)"
+    )
+    parser.add_argument("--name", metavar="TEXT", help="of the model, for clients (default: RUN_OR_CHECKPOINT)")
+    parser.add_argument(
+        "--weights-dir", metavar="FOLDER", help="let clients replace the weights by those in a folder of this one (default: no)"
+    )
     _add_device(parser)
 
 

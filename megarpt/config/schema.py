@@ -123,7 +123,14 @@ class TextConfig(Section):
     """What is held out, by name."""
 
 
-class DataConfig(TextConfig):
+class BlendConfig(TextConfig):
+    """Several sources of text, each with its share."""
+
+    train: list[Any] = Field(min_length=1)
+    """The training blend; each has a path and a weight."""
+
+
+class DataConfig(BlendConfig):
     """What is read."""
 
     train: list[CorpusSource] = Field(min_length=1)
@@ -145,13 +152,31 @@ class AnswerSource(Section):
     """Relative share of samples in the blend."""
 
 
-class AnswersConfig(TextConfig):
+class ChatConfig(Section):
+    """What stands around the messages of a conversation. Special tokens are written by their names."""
+
+    template: Literal["plain", "chatml", "llama3", "gemma"] = "plain"
+    """A built-in one. All but `plain` need a tokenizer that has their special tokens."""
+    roles: dict[str, Text] = Field(default_factory=dict)
+    """Role -> text with `{content}` in it; replaces that of the template, or adds a role."""
+    begin: str | None = None
+    """What a conversation begins with; null takes the template's."""
+    answer_end: str | None = None
+    """What an assistant's answer ends with, which is trained on as well; null takes the template's, an empty text the
+    tokenizer's end of a document. That end follows the last answer in any case."""
+
+
+class AnswersConfig(BlendConfig):
     """Prompts with their answers, which alone are trained on."""
 
     train: list[AnswerSource] = Field(min_length=1)
     """The training blend."""
     valid: dict[str, Text] = Field(default_factory=dict)
     """Held-out files: name -> path. The loss is that of the answers."""
+    chat: ChatConfig = Field(default_factory=ChatConfig)
+    """How conversations become text; prompts with completions are taken as they are."""
+    too_long: Literal["refuse", "leave_out"] = "refuse"
+    """A record that does not fit into data.seq_length is an error, or is left out and counted. None is cut."""
 
 
 class PromptsConfig(TextConfig):
@@ -553,6 +578,7 @@ class TrainingConfig(Section):
 class LanguageModelConfig(TrainingConfig):
     """Training on given text, token by token."""
 
+    data: BlendConfig
     batch: BatchConfig = Field(default_factory=BatchConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     train: TrainConfig
@@ -674,8 +700,8 @@ class EvaluateAnswersOptions(Section):
     max_new_tokens: Positive | None = None
     """Longer answers are cut off, and wrong; null takes rollout.max_new_tokens of a run of `megarpt rl`, else 256."""
     max_prompt_tokens: Positive | None = None
-    """Longer contexts lose tokens on the left, and questions that do not fit are left out; null takes what the run's
-    data.seq_length leaves."""
+    """Longer contexts lose tokens on the left, and questions that do not fit are left out; null takes data.max_prompt_tokens of
+    a run of `megarpt rl`, else what data.seq_length of the run leaves."""
     max_questions: Positive | None = None
     """Only the first so many of each file; null is all."""
     stop: tuple[Text, ...] | None = None
@@ -709,6 +735,29 @@ class GenerateOptions(Section):
     """Seeds the sampling."""
     num_samples: Positive = 1
     """Continuations to write."""
+    device: Device = "auto"
+    """`auto` takes CUDA when it is usable."""
+
+
+class ServeOptions(Section):
+    """`megarpt serve`."""
+
+    checkpoint: Text
+    """Run folder or checkpoint."""
+    host: Text = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in, whoever they are."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0 takes a free one."""
+    max_batch: Positive = 64
+    """Completions that are drawn at the same time; others wait."""
+    max_waiting: Positive = 65536
+    """Completions that may wait or be drawn; who asks for more is told to come back later (status 503)."""
+    max_sequence_length: Positive | None = None
+    """Tokens of a prompt with its completion; null takes the run's data.seq_length."""
+    name: Text | None = None
+    """Of the model, for clients; null takes the checkpoint as it was given."""
+    weights_dir: Text | None = None
+    """Weights may be taken over from folders in this one, a run's rollout.weights_dir; null takes none."""
     device: Device = "auto"
     """`auto` takes CUDA when it is usable."""
 

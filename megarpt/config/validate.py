@@ -564,6 +564,18 @@ def answers_are_not_split(cfg: SftConfig) -> str | None:
     return "evaluation.split_fraction: held-out answers have no reference losses to be split by; remove it"
 
 
+def answers_start_from_weights(cfg: SftConfig) -> str | None:
+    if cfg.model.init_from is not None:
+        return None
+    return "model.init_from: missing, expected the run folder or checkpoint of the model to start from"
+
+
+def answers_are_kept_apart(cfg: SftConfig) -> str | None:
+    if cfg.data.separate_documents:
+        return None
+    return "data.separate_documents: got false, expected true: records that share a row have nothing to do with each other"
+
+
 def policy_starts_from_weights(cfg: RLConfig) -> str | None:
     if cfg.model.init_from is not None:
         return None
@@ -746,7 +758,13 @@ RULES: Mapping[type[TrainingConfig], tuple[Rule, ...]] = {
         held_out_streams_are_read,
         split_has_a_reference,
     ),
-    SftConfig: (*LANGUAGE_MODEL_RULES, answers_have_an_online_reference, answers_are_not_split),
+    SftConfig: (
+        *LANGUAGE_MODEL_RULES,
+        answers_start_from_weights,
+        answers_are_kept_apart,
+        answers_have_an_online_reference,
+        answers_are_not_split,
+    ),
     RLConfig: (
         *TRAINING_RULES,
         policy_starts_from_weights,

@@ -23,8 +23,9 @@ from torch.distributed import ProcessGroup
 
 from megarpt.data.fingerprint import OrderFingerprint
 from megarpt.data.order import SampleOrder
+from megarpt.data.samples import SampleDataset
 from megarpt.data.sharing import StepShare
-from megarpt.data.windows import PADDING_ID, WindowDataset
+from megarpt.data.windows import PADDING_ID
 from megarpt.errors import ConfigError, DataError
 from megarpt.structs import TokenBatch
 
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 Int64Array = npt.NDArray[np.int64]
 
 
-def assemble(datasets: Sequence[WindowDataset], source: Int64Array, window: Int64Array, index: Int64Array) -> TokenBatch:
+def assemble(datasets: Sequence[SampleDataset], source: Int64Array, window: Int64Array, index: Int64Array) -> TokenBatch:
     """One micro-batch in host memory. A negative window makes a row of padding that trains nothing.
 
     Shapes: source, window, index [b].
@@ -98,7 +99,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        datasets: Sequence[WindowDataset],
+        datasets: Sequence[SampleDataset],
         weights: Sequence[float],
         *,
         seed: int,
@@ -213,7 +214,7 @@ class TokenBatches:
         return {
             "seq_length": self.seq_length,
             "separate_documents": self.datasets[0].separate_documents,
-            "corpora": [dataset.manifest.bin_sha256 for dataset in self.datasets],
+            "corpora": [dataset.content_sha256 for dataset in self.datasets],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,7 +271,7 @@ def _first_difference(saved: Any, now: Any, where: str) -> tuple[str, Any, Any] 
 
 
 def evaluation_batches(
-    dataset: WindowDataset,
+    dataset: SampleDataset,
     *,
     micro_batch_size: int,
     dp_rank: int,

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from megarpt.corpus.indexed import bin_path
 from megarpt.corpus.manifest import CorpusManifest, SidecarManifest, verify_values
-from megarpt.data.windows import WindowDataset
+from megarpt.data.samples import SampleDataset
 from megarpt.errors import DataError
 
 Stamps = Mapping[str, list[int | str]]  # path of a file -> size, time of its last change in ns, inode, sha256
 
 
 def check_contents(
-    datasets: Iterable[WindowDataset], known: Stamps, *, rank: int, world_size: int, on_block: Callable[[], None]
+    datasets: Iterable[SampleDataset], known: Stamps, *, rank: int, world_size: int, on_block: Callable[[], None]
 ) -> dict[str, list[int | str]]:
     """Read this rank's share of the files that are not known to be whole; the stamps of those that are.
 
@@ -35,7 +35,7 @@ def check_contents(
     Raises:
         DataError: a file is not what its manifest says.
     """
-    manifests = _manifests(datasets)
+    manifests = {prefix: each for dataset in datasets for prefix, each in dataset.manifests().items()}
     by_size = sorted(manifests, key=lambda prefix: (-bin_path(prefix).stat().st_size, prefix))
     unknown = [prefix for prefix in by_size if known.get(str(bin_path(prefix))) != _stamp(prefix, manifests[prefix])]
     found = {}
@@ -53,14 +53,6 @@ def read_stamps(path: Path) -> Stamps:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _manifests(datasets: Iterable[WindowDataset]) -> dict[str, CorpusManifest | SidecarManifest]:
-    found: dict[str, CorpusManifest | SidecarManifest] = {}
-    for dataset in datasets:
-        found[dataset.prefix] = dataset.manifest
-        found |= {stream.prefix: stream.manifest for stream in dataset.streams.values()}
-    return found
 
 
 def _stamp(prefix: str, manifest: CorpusManifest | SidecarManifest) -> list[int | str]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megarpt.corpus.manifest import verify_corpus
+from megarpt.corpus.manifest import CorpusManifest, SidecarManifest, verify_corpus
 from megarpt.data.streams import SidecarStream
 from megarpt.errors import DataError
 
@@ -72,6 +72,21 @@ class WindowDataset:
         return -(-(self.num_tokens - 1) // self.seq_length)
 
     @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of text to a token, over the whole corpus; None when its manifest does not know."""
+        return self.manifest.text_bytes / self.num_tokens if self.manifest.text_bytes else None
+
+    @property
+    def content_sha256(self) -> str:
+        """Of the tokens."""
+        return self.manifest.bin_sha256
+
+    @property
+    def documents_sha256(self) -> str:
+        """Of where documents begin."""
+        return self.manifest.idx_sha256
+
+    @property
     def streams(self) -> Mapping[str, SidecarStream]:
         """The per-token sidecars read along with the tokens."""
         return self._streams
@@ -98,6 +113,13 @@ class WindowDataset:
             "corpus_sha256": self.manifest.bin_sha256,
             "streams": {name: stream.manifest.bin_sha256 for name, stream in self._streams.items()},
         }
+
+    def manifests(self) -> dict[str, CorpusManifest | SidecarManifest]:
+        """Of the files on disk: prefix -> manifest."""
+        return {self.prefix: self.manifest, **{each.prefix: each.manifest for each in self._streams.values()}}
+
+    def __str__(self) -> str:
+        return f"corpus {self.prefix}: {self.num_tokens} tokens in {self.num_windows} windows of {self.seq_length}"
 
     def __len__(self) -> int:
         return self.num_windows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megarpt.corpus.atomic import atomic_write_json
 from megarpt.data.contents import check_contents, read_stamps
-from megarpt.data.windows import WindowDataset
+from megarpt.data.samples import SampleDataset
 from megarpt.device.runtime import Runtime
 from megarpt.train.failures import together
 from megarpt.train.sharded import gathered
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def verify_contents(
-    datasets: Sequence[WindowDataset], runtime: Runtime, *, on_block: Callable[[], None], record: Path | None = None
+    datasets: Sequence[SampleDataset], runtime: Runtime, *, on_block: Callable[[], None], record: Path | None = None
 ) -> None:
     """Read the values of corpora and sidecars, each file on one rank; what `record` knows to be whole is not read again.
 

@@ -49,8 +49,8 @@ def _run(options: EvaluateOptions, runtime: Runtime, stop: StopSignal) -> int:
     datasets = open_held_out(cfg, trained.tokenizer, given) if given else build_eval_sets(cfg, trained.tokenizer)
     if not datasets:
         raise ConfigError(
-            "--corpus: the run has no held-out text in data.valid, so name at least one corpus: --corpus NAME=PREFIX; questions "
-            "are evaluated with --questions FILE"
+            "--corpus: the run has no held-out text in data.valid, so name at least one corpus: --corpus NAME=PREFIX; "
+            "questions are evaluated with --questions FILE"
         )
     verify_contents([*datasets.values()], runtime, on_block=partial(stop.check_here, "while reading the corpora"))
     micro_batch_size = cfg.batch.micro_batch_size

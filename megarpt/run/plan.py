@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megarpt.config.schema import PlanOptions, PretrainConfig
+from megarpt.config.schema import LanguageModelConfig, PlanOptions
 from megarpt.corpus.atomic import write_errors
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.errors import EXIT_OK, ConfigError, DataError, ExtensionError
@@ -62,7 +62,7 @@ class PlanReport:
     whole_logits_bytes: float
 
 
-def run(cfg: PretrainConfig, options: PlanOptions) -> int:
+def run(cfg: LanguageModelConfig, options: PlanOptions) -> int:
     """Print the plan of a run (or one JSON object) on standard output.
 
     Raises:
@@ -81,7 +81,7 @@ def run(cfg: PretrainConfig, options: PlanOptions) -> int:
     return EXIT_OK
 
 
-def plan(cfg: PretrainConfig, options: PlanOptions) -> PlanReport:
+def plan(cfg: LanguageModelConfig, options: PlanOptions) -> PlanReport:
     """Everything that can be known from the configuration."""
     device = cfg.run.device if options.device == "auto" else options.device
     situation = Situation.of(cfg, vocab_size=_vocab_size(cfg), on_cpu=device == "cpu", world_size=options.world_size)
@@ -103,7 +103,7 @@ def plan(cfg: PretrainConfig, options: PlanOptions) -> PlanReport:
     )
 
 
-def _vocab_size(cfg: PretrainConfig) -> int:
+def _vocab_size(cfg: LanguageModelConfig) -> int:
     if cfg.model.vocab_size is not None:
         return cfg.model.vocab_size
     try:

@@ -1,15 +1,13 @@
-"""`megarpt pretrain`: every object of a run, built once, top to bottom."""
+"""`megarpt pretrain` and `megarpt sft`: every object of a run on given text, built once, top to bottom."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 
-from megarpt.config.schema import PretrainConfig
+from megarpt.config.schema import LanguageModelConfig, PretrainConfig
 from megarpt.config.validate import reference_streams, split_rule
 from megarpt.corpus.tokenizers import load_tokenizer
 from megarpt.data.build import build_eval_sets, build_train_batches
@@ -17,16 +15,16 @@ from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_OK, ConfigError
 from megarpt.log import terminal
 from megarpt.model.build import build_model, model_mistakes
-from megarpt.model.parameters import ParameterCount, total_parameters
+from megarpt.model.parameters import total_parameters
 from megarpt.objectives.build import build_objective
 from megarpt.parallel.layout import ParallelLayout, ProcessGroups, stage_seed
 from megarpt.run.contents import verify_contents
+from megarpt.run.opening import open_run, perf_meter
 from megarpt.run.pretrained import load_pretrained
 from megarpt.run.tokenizer_files import keep_tokenizer
 from megarpt.streaming.plan import within_budget
 from megarpt.structs import Progress
 from megarpt.train.checkpoint import CheckpointManager
-from megarpt.train.checkpoint_files import latest_checkpoint
 from megarpt.train.dump import BatchDumper
 from megarpt.train.evaluation import evaluate
 from megarpt.train.failures import Peers, together
@@ -34,7 +32,6 @@ from megarpt.train.held_out_split import HeldOutSplit
 from megarpt.train.metrics import MetricLog
 from megarpt.train.monitor import Monitor
 from megarpt.train.optimizer import build_optimizer, optimizer_mistakes
-from megarpt.train.perf import PerfMeter, flops_per_token, host_memory, peak_flops
 from megarpt.train.profiler import StepProfiler
 from megarpt.train.progress import ProgressLine
 from megarpt.train.reference import OnlineReference
@@ -53,7 +50,7 @@ from megarpt.train.weights import load_weights
 logger = logging.getLogger(__name__)
 
 
-def run(cfg: PretrainConfig, runtime: Runtime) -> int:
+def run(cfg: LanguageModelConfig, runtime: Runtime) -> int:
     """Train to the end of the configuration; the exit code. Errors say theirs by themselves."""
     mistakes = [*model_mistakes(cfg.model), *optimizer_mistakes(cfg.optimizer)]
     if mistakes:
@@ -64,7 +61,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     places = rank_places(stage=groups.collection.pp.rank())
     with (
         StopSignal(runtime) as stop,
-        together(partial(_open_run, cfg, runtime, ranks_by_host(places))) as folder,
+        together(partial(open_run, cfg, runtime, ranks_by_host(places))) as folder,
         Peers(folder.faults_dir(from_rank_0(folder.restarts)), runtime.rank, runtime.world_size) as peers,
         Watchdog(
             folder, peers, hang_timeout_s=60.0 * cfg.faults.hang_timeout_minutes, flight_record=runtime.flight_record
@@ -101,7 +98,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
         )
         rule = split_rule(cfg)
         eval_sets = build_eval_sets(cfg, tokenizer, reference_streams(rule) if rule is not None else ())
-        if cfg.data.verify == "values":
+        if isinstance(cfg, PretrainConfig) and cfg.data.verify == "values":  # answers were read whole
             datasets = [*batches.datasets, *eval_sets.values()]
             verify_contents(datasets, runtime, on_block=partial(wait_in, "reading the data"), record=folder.verified_path)
         checkpoints = CheckpointManager(
@@ -153,7 +150,7 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
             StepProfiler(cfg.profile, folder.profile_dir, runtime, timers, done=resume.step if resume else 0) as profiler,
         ):
             step = TrainStep(chunks, objective, optimizer, scheduler, groups, annotate=reference, guard=spikes, timers=timers)
-            perf = _perf_meter(cfg, runtime, parameters, folder, timers)
+            perf = perf_meter(cfg, runtime, parameters, folder, timers)
             dumper = BatchDumper(
                 folder.dump_dir,
                 runtime.rank,
@@ -191,14 +188,8 @@ def run(cfg: PretrainConfig, runtime: Runtime) -> int:
     return EXIT_OK
 
 
-def _open_run(cfg: PretrainConfig, runtime: Runtime, hosts: Mapping[str, Any]) -> RunDir:
-    has_checkpoint = latest_checkpoint(f"{cfg.run.dir}/checkpoints") is not None
-    facts = {"device": runtime.device_name, "world_size": runtime.world_size, "backend": runtime.backend, "hosts": hosts}
-    return RunDir.open(cfg, has_checkpoint=has_checkpoint, facts=facts, is_writer=runtime.rank == 0)
-
-
 def _online_reference(
-    cfg: PretrainConfig, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups, tokenizer_sha256: str
+    cfg: LanguageModelConfig, runtime: Runtime, layout: ParallelLayout, groups: ProcessGroups, tokenizer_sha256: str
 ) -> OnlineReference | None:
     """The reference model, when it scores during training instead of beforehand.
 
@@ -226,7 +217,7 @@ def _online_reference(
 
 
 def _held_out_split(
-    cfg: PretrainConfig, folder: RunDir, groups: ProcessGroups, reference: OnlineReference | None, resume: Progress | None
+    cfg: LanguageModelConfig, folder: RunDir, groups: ProcessGroups, reference: OnlineReference | None, resume: Progress | None
 ) -> HeldOutSplit | None:
     """How evaluation tells kept-like from dropped-like tokens: by the run's own rule, among all tokens of a corpus."""
     rule = split_rule(cfg)
@@ -240,18 +231,4 @@ def _held_out_split(
         annotate=reference,
         resumes_at=resume.step if resume else None,
         is_writer=folder.is_writer,
-    )
-
-
-def _perf_meter(
-    cfg: PretrainConfig, runtime: Runtime, parameters: ParameterCount, folder: RunDir, timers: StepTimers
-) -> PerfMeter:
-    return PerfMeter(
-        world_size=runtime.world_size,
-        flops_per_token=flops_per_token(
-            parameters.multiplying, parameters.num_layers, parameters.attention_width, cfg.data.seq_length
-        ),
-        peak_flops=peak_flops(runtime.device_name, cfg.train.precision),
-        memory=lambda: {"mem/peak_bytes": float(runtime.peak_memory_bytes()), **host_memory(folder.path)},
-        timers=timers,
     )

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarpt.config.load import config_from_dict, dump_resolved
-from megarpt.config.schema import PretrainConfig, VerifyResumeOptions
+from megarpt.config.schema import LanguageModelConfig, VerifyResumeOptions
 from megarpt.corpus.atomic import atomic_write_bytes
 from megarpt.device.runtime import Runtime
 from megarpt.errors import EXIT_NOT_REPRODUCED, EXIT_OK, ConfigError, MegarptError
@@ -62,7 +62,7 @@ class AttemptFailedError(MegarptError):
         self.exit_code = exit_code
 
 
-def run(cfg: PretrainConfig, options: VerifyResumeOptions, runtime: Runtime) -> int:
+def run(cfg: LanguageModelConfig, options: VerifyResumeOptions, runtime: Runtime) -> int:
     """Train three times, compare, and print what was compared.
 
     Raises:
@@ -95,7 +95,7 @@ def run(cfg: PretrainConfig, options: VerifyResumeOptions, runtime: Runtime) -> 
 class Verification:
     """The three attempts in one folder. Every method is called by all watchers together."""
 
-    def __init__(self, cfg: PretrainConfig, options: VerifyResumeOptions, runtime: Runtime, folder: Path) -> None:
+    def __init__(self, cfg: LanguageModelConfig, options: VerifyResumeOptions, runtime: Runtime, folder: Path) -> None:
         self.folder, self.steps, self.middle = folder, options.steps, options.steps // 2
         self.killed_in: int | None = None  # the step under way when the signal was sent
         self._before_the_kill: list[Line] = []
@@ -196,7 +196,7 @@ class Verification:
             lines.append("Up to the kill the attempts were equal, so it is the resume that changes the run.")
         return "\n".join(lines)
 
-    def _config(self, name: str, steps: int, *, save_every: int) -> PretrainConfig:
+    def _config(self, name: str, steps: int, *, save_every: int) -> LanguageModelConfig:
         """The user's configuration for `steps` steps in a folder of ours, with the user's own learning rates."""
         cfg = self._cfg
         tree: dict[str, Any] = cfg.model_dump()
@@ -219,10 +219,10 @@ class Verification:
             "histogram_interval_steps": min(histograms, often),
         }
         resized = config_from_dict(tree, world_size=self._world_size)
-        assert isinstance(resized, PretrainConfig)
+        assert isinstance(resized, LanguageModelConfig)
         return resized
 
-    def _attempt(self, name: str, cfg: PretrainConfig, *, first: int = 0, kill_from: int | None = None) -> None:
+    def _attempt(self, name: str, cfg: LanguageModelConfig, *, first: int = 0, kill_from: int | None = None) -> None:
         """Train in processes of their own until they end, or until step `kill_from` and the checkpoint before it are there."""
         path = self.folder / f"{name}.yaml"
         if self._runtime.rank == 0:
@@ -232,7 +232,7 @@ class Verification:
         stop = self.folder / f"{name}.stop"  # how one watcher tells the others, on the file system that the ranks share
         failure: tuple[float, str, int] | None = None
         is_killed = False
-        with _processes(path, self._environments(from_rank_0(_free_port()))) as ranks:
+        with _processes(cfg.command, path, self._environments(from_rank_0(_free_port()))) as ranks:
             while not stop.exists() and any(process.poll() is None for process in ranks.values()):
                 time.sleep(_POLL_S)
                 failure = self._failure(ranks, path)
@@ -317,7 +317,9 @@ def _temporary_folder(run_dir: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _processes(config: Path, environments: Sequence[Mapping[str, str]]) -> Iterator[dict[int, subprocess.Popen[bytes]]]:
+def _processes(
+    command: str, config: Path, environments: Sequence[Mapping[str, str]]
+) -> Iterator[dict[int, subprocess.Popen[bytes]]]:
     """Rank -> process that trains; whatever happens, none of them outlives the block. SIGTERM ends it like ctrl-c."""
     ranks: dict[int, subprocess.Popen[bytes]] = {}
     previous = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -326,7 +328,7 @@ def _processes(config: Path, environments: Sequence[Mapping[str, str]]) -> Itera
             rank = int(environment["RANK"])
             with _log_path(config, rank).open("wb") as log:
                 ranks[rank] = subprocess.Popen(
-                    [sys.executable, *PROGRAM, "pretrain", str(config)],
+                    [sys.executable, *PROGRAM, command, str(config)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

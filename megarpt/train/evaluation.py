@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.data.batches import evaluation_batches
-from megarpt.data.windows import WindowDataset
+from megarpt.data.samples import SampleDataset
 from megarpt.model.forward import token_accuracy
 from megarpt.parallel.collectives import from_last_stage
 from megarpt.parallel.layout import ProcessGroups
@@ -26,7 +26,7 @@ _BATCHES_PER_STAGE = 4  # micro-batches in the pipeline at a time, for each stag
 @torch.no_grad()
 def evaluate(
     chunks: Sequence[torch.nn.Module],
-    datasets: Mapping[str, WindowDataset],
+    datasets: Mapping[str, SampleDataset],
     groups: ProcessGroups,
     device: torch.device,
     *,
@@ -88,12 +88,11 @@ def evaluate(
                 sums += _sums(batch, *output, kept)
         dist.all_reduce(sums, group=groups.dp)
         every, like_kept, like_dropped = from_last_stage(sums.cpu(), groups).tolist()
-        text_bytes = dataset.manifest.text_bytes
         results[name] = EvaluationResult(
             loss_sum_nats=every[0],
             num_tokens=int(every[1]),
             num_correct=int(every[2]),
-            bytes_per_token=text_bytes / dataset.num_tokens if text_bytes else None,
+            bytes_per_token=dataset.bytes_per_token,
             seconds=time.perf_counter() - started,
             split=None if kept is None else TokenSplit(PartSums(*like_kept), PartSums(*like_dropped), kept.step),
         )

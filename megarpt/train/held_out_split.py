@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.corpus.atomic import atomic_write_bytes
-from megarpt.data.windows import WindowDataset
+from megarpt.data.samples import SampleDataset
 from megarpt.errors import DataError
 from megarpt.objectives.language_model import WeightedLanguageModel
 from megarpt.parallel.collectives import from_last_stage
@@ -81,7 +81,7 @@ class HeldOutSplit:
         self._sets: dict[str, KeptSet] = {}
         self._looked_for: set[str] = set()
 
-    def applies_to(self, dataset: WindowDataset) -> bool:
+    def applies_to(self, dataset: SampleDataset) -> bool:
         """Whether the tokens of a corpus can be ranked."""
         return self._annotate is not None or all(name in dataset.streams for name in self._objective.streams)
 
@@ -89,7 +89,7 @@ class HeldOutSplit:
         """The batches with what the scorer reads. Collectives: the reference model's, when there is one."""
         return batches if self._annotate is None else self._annotate(batches)
 
-    def find(self, name: str, dataset: WindowDataset, max_tokens: int | None, device: torch.device) -> KeptSet | None:
+    def find(self, name: str, dataset: SampleDataset, max_tokens: int | None, device: torch.device) -> KeptSet | None:
         """The sets of this corpus, None when they are yet to be chosen. Collectives: the first time one broadcast of objects.
 
         Raises:
@@ -106,7 +106,7 @@ class HeldOutSplit:
     def choose(
         self,
         name: str,
-        dataset: WindowDataset,
+        dataset: SampleDataset,
         max_tokens: int | None,
         batches: Sequence[TokenBatch],
         logprobs: Sequence[Tensor],
@@ -149,12 +149,12 @@ class HeldOutSplit:
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.npz"
 
-    def _about(self, dataset: WindowDataset, max_tokens: int | None) -> dict[str, Any]:
+    def _about(self, dataset: SampleDataset, max_tokens: int | None) -> dict[str, Any]:
         """What the sets depend on, besides the losses of the model."""
         return {
             **self._rule,
-            "corpus_sha256": dataset.manifest.bin_sha256,
-            "documents_sha256": dataset.manifest.idx_sha256,
+            "corpus_sha256": dataset.content_sha256,
+            "documents_sha256": dataset.documents_sha256,
             "streams": {name: dataset.streams[name].manifest.bin_sha256 for name in sorted(dataset.streams)},
             "seq_length": dataset.seq_length,
             "separate_documents": dataset.separate_documents,
@@ -183,7 +183,7 @@ class HeldOutSplit:
         return (bits, step) if step <= self._resumes_at else None
 
 
-def _num_windows(dataset: WindowDataset, max_tokens: int | None) -> int:
+def _num_windows(dataset: SampleDataset, max_tokens: int | None) -> int:
     return dataset.num_windows if max_tokens is None else min(dataset.num_windows, -(-max_tokens // dataset.seq_length))
 
 

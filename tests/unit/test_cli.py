@@ -11,10 +11,15 @@ import pytest
 
 from megarpt import __version__, cli
 from megarpt.config.load import load_config
+from megarpt.config.schema import PretrainConfig, SftConfig
 from megarpt.errors import EXIT_CONFIG, EXIT_DATA, CheckpointError, ConfigError, DataError, StopRequested
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = "run: {dir: runs/x}\ndata: {tokenizer: bytes, train: [{path: a}]}\ntrain: {train_tokens: 1000}\n"
+ROLLOUTS = (
+    "command: rl\nrun: {dir: runs/x}\nmodel: {init_from: y}\ndata: {tokenizer: bytes, train: a}\n"
+    "rollout: {max_new_tokens: 64}\nverifiers: [{kind: math}]\ntrain: {train_steps: 3}\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +107,7 @@ def test_python_dash_m(config):
     "verb",
     [
         "pretrain",
+        "sft",
         "score",
         "evaluate",
         "generate",
@@ -188,6 +194,30 @@ def test_pretrain_gets_the_resolved_configuration_and_its_code_is_ours(config, s
     calls = stage("pretrain", result=75)
     assert cli.main(["pretrain", config, "run.seed=5", "-v", "run.device=cpu"]) == 75
     assert calls[0].run.seed == 5 and calls[0].run.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "kind"),
+    [
+        (["sft", "CONFIG"], "pretrain", SftConfig),
+        (["verify-resume", "CONFIG", "command=sft"], "verify_resume", SftConfig),
+        (["verify-resume", "CONFIG"], "verify_resume", PretrainConfig),
+    ],
+)
+def test_given_text_is_trained_on_in_one_way(config, stage, monkeypatch, argv, module, kind):
+    seen = []
+    stage(module)
+    monkeypatch.setattr(f"megarpt.run.{module}.run", lambda cfg, *_: seen.append(cfg) or 0)
+    assert cli.main([*(config if each == "CONFIG" else each for each in argv), "model.init_from=runs/base"]) == 0
+    assert [type(cfg) for cfg in seen] == [kind]
+
+
+@pytest.mark.parametrize("verb", ["plan", "verify-resume"])
+def test_commands_for_given_text_refuse_rollouts(tmp_path, stage, capsys, verb):
+    calls = stage(verb.replace("-", "_"))
+    (tmp_path / "rl.yaml").write_text(ROLLOUTS)
+    assert cli.main([verb, str(tmp_path / "rl.yaml")]) == EXIT_CONFIG
+    assert "command: got rl, expected pretrain or sft" in capsys.readouterr().err and calls == []
 
 
 def test_the_process_group_is_left_after_success_and_not_after_an_error(config, stage):

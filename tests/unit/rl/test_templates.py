@@ -90,7 +90,7 @@ def test_a_template_of_ones_own():
     [
         ("v7", r"data\.template: got 'v7', expected one of v0, .*or a text with one of {context}"),
         ("minimum", "did you mean 'minimal'"),
-        ("qestion", "did you mean 'question'"),
+        ("questions", "did you mean 'question'"),
         ("continue this", "or a text with one of {context}"),
         ("{context}{context}", r"2 placeholders \({context}, {context}\), expected exactly one"),
         ("{context} {question}", "2 placeholders"),
