@@ -68,7 +68,7 @@ def test_a_run_shows_scalars_histograms_texts_layout_and_hparams(
     assert "tokens kept (bold)" in text_of(board, "samples/kept_tokens")
 
     layout = layout_pb2.Layout.FromString(board.Tensors(metadata.CONFIG_SUMMARY_TAG)[-1].tensor_proto.string_val[0])
-    assert [c.title for c in layout.category] == ["loss", "selection", "health"]
+    assert [c.title for c in layout.category] == ["loss", "selection", "reinforcement", "health"]
     (margin,) = [c.margin.series[0] for c in layout.category[1].chart if c.HasField("margin")]
     assert board.Scalars(margin.value) and board.Scalars(margin.lower) and board.Scalars(margin.upper)
 
