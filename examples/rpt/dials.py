@@ -39,7 +39,7 @@ POSITIONS = 10
 FEW_MOVES = 3
 """Problems of so few moves are in every part."""
 
-SHARE_WORKED, MOST_BLANKS = 0.5, 8
+SHARE_WORKED = 0.5
 SHARES = {"pretrain": 0.65, "rpt": 0.25, "heldout": 0.10}
 """Of the problems with more moves: who owns them."""
 
@@ -50,7 +50,7 @@ OPEN, CLOSE = "<think>", "</think>"
 PARTS = ("pretrain", "rpt", "heldout", "format", "replay")
 
 Maker = Callable[[random.Random, int], Iterator[dict[str, Any]]]
-DOCUMENTS = {"pretrain": 110_000, "rpt": 4_000, "heldout": 1_200, "format": 2_000, "replay": 2_000}
+DOCUMENTS = {"pretrain": 110_000, "rpt": 4_000, "heldout": 1_200, "format": 4_000, "replay": 4_000}
 """How many there are of each part, unless the command line says otherwise."""
 
 
@@ -77,8 +77,8 @@ class Problem:
         """The position after each of the first moves; None for all."""
         return "".join(f"{letter}{at}" for letter, at in zip(LETTERS, self.positions()[:num_moves], strict=False))
 
-    def document(self, *, worked: bool, blanks: int = 0) -> str:
-        between = f"{' ' * blanks}:{self.scratch()}" if worked else ""
+    def document(self, *, worked: bool) -> str:
+        between = f":{self.scratch()}" if worked else ""
         return f"{self.text}{between}={self.positions()[-1]}\n"
 
     @property
@@ -105,8 +105,7 @@ def draw(rng: random.Random, owner: str) -> Problem:
 def documents(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """Of the pretraining."""
     for _ in range(count):
-        worked, blanks = rng.random() < SHARE_WORKED, rng.randint(0, MOST_BLANKS)
-        yield {"text": draw(rng, "pretrain").document(worked=worked, blanks=blanks)}
+        yield {"text": draw(rng, "pretrain").document(worked=rng.random() < SHARE_WORKED)}
 
 
 def different_documents(rng: random.Random, count: int, owner: str) -> Iterator[dict[str, Any]]:
@@ -174,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="decides which problems are drawn (default: %(default)s)")
     for part, count in DOCUMENTS.items():
         parser.add_argument(f"--{part}-documents", type=int, default=count, help="default: %(default)s")
-    parser.add_argument("--share-complete", type=float, default=0.05, help="thoughts of `format` that are complete")
-    parser.add_argument("--stop-chance", type=float, default=0.65, help="that another thought ends, after every move")
+    parser.add_argument("--share-complete", type=float, default=0.06, help="thoughts of `format` that are complete")
+    parser.add_argument("--stop-chance", type=float, default=0.55, help="that another thought ends, after every move")
     args = parser.parse_args(argv)
     counts = {part: getattr(args, f"{part}_documents") for part in PARTS}
     build(args.out, args.seed, counts, args.share_complete, args.stop_chance)

@@ -155,7 +155,7 @@ def _point(line: Mapping[str, Any]) -> Point:
 
 
 def _tokens_seen(run: Path) -> int:
-    return max(int(line["tokens/seen"]) for line in read_metrics(run / "metrics.jsonl"))
+    return int(json.loads((run / "exit.json").read_text(encoding="utf-8"))["tokens_seen"])
 
 
 def read_seeds(out: Path) -> list[Seed]:
@@ -342,7 +342,8 @@ def _law(axes: Any, seeds: Sequence[Seed]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("tokens read for training")
     axes.set_title("held-out reward and A / C^α + P*", loc="left", fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    if axes.get_legend_handles_labels()[0]:  # too few points have no law
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _accuracies(axes: Any, accuracy: Mapping[str, Mapping[str, Spread]]) -> None:

@@ -32,6 +32,8 @@ BANDS = {"easy": 20, "medium": 30, "hard": 50, "all": 100}
 def write_metrics(run: Path, lines: list[dict[str, Any]]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = max((line["tokens/seen"] for line in lines), default=0)
+    (run / "exit.json").write_text(json.dumps({"tokens_seen": seen}))
 
 
 def pretrain_lines(tokens: int) -> list[dict[str, Any]]:
