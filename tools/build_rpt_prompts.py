@@ -112,7 +112,7 @@ def three_numbers(text: str) -> tuple[float, ...]:
 
 def show(prefix: str, manifest: dict[str, Any], console: Console) -> None:
     """A summary, on the terminal."""
-    table = Table(title=f"{prefix}_train.jsonl and {prefix}_valid.jsonl", title_justify="left")
+    table = Table()
     bands = list(manifest["positions"])
     for column in ("", *bands, "documents"):
         table.add_column(column, justify="left" if not column else "right")
@@ -121,6 +121,7 @@ def show(prefix: str, manifest: dict[str, Any], console: Console) -> None:
         numbers = [counts.get(band, 0) for band in bands]
         table.add_row(split, *(f"{number:,}" for number in numbers), f"{manifest['documents'][split]:,}")
     console.print(table)
+    console.print(f"written: {prefix}_train.jsonl, {prefix}_valid.jsonl", soft_wrap=True)
 
 
 if __name__ == "__main__":
