@@ -86,6 +86,7 @@ class Pipeline:
     stages: Sequence[Stage]
     console: Console
     after_stage: Callable[[Stage], None] = lambda stage: None  # called with every stage that was run and succeeded
+    sharers: int = 1  # how many pipelines run on this machine, this one included: each takes its share of the cores
     seconds: dict[str, float] = field(default_factory=dict)  # stage -> seconds its last run took
     _states: dict[str, str] = field(default_factory=dict)
     _started: dict[str, float] = field(default_factory=dict)
@@ -161,7 +162,7 @@ class Pipeline:
         self.after_stage(stage)
 
     def _run_commands(self, stage: Stage, commands: Sequence[Command], live: Live | None) -> None:
-        threads = max(1, len(os.sched_getaffinity(0)) // len(commands))
+        threads = max(1, len(os.sched_getaffinity(0)) // (len(commands) * self.sharers))
         environment = {
             # Threads that wait for each other by spinning are twenty times slower when the cores are shared with other work.
             "OMP_WAIT_POLICY": "PASSIVE",

@@ -146,19 +146,12 @@ def one_stage(out: Path, seeds: int, more: Sequence[str]) -> Stage:
     return Stage("seeds", title, tuple(Command(argv, name(i)) for i, argv in enumerate(commands, 1)), (), side_by_side=True)
 
 
-def cores_of(seed: int, seeds: int, cores: Sequence[int]) -> list[int]:
-    """The share of the cores that one of some seeds side by side has: a process that learns so small a model is fastest alone
-    on a core."""
-    shares = min(seeds, len(cores))
-    return sorted(cores)[(seed - 1) % shares :: shares]
-
-
-def run_seed(out: Path, seed: int, scale: Scale, device: str, console: Console) -> None:
-    """All stages of a seed."""
+def run_seed(out: Path, seed: int, seeds: int, scale: Scale, device: str, console: Console) -> None:
+    """All stages of a seed, one of some that share the machine."""
     folder = out / f"seed{seed}"
     stages = build_stages(folder, seed, scale, device)
-    Pipeline(folder, stages, console).run()
-    Pipeline(folder, build_comparison(folder, seed, device, stages), console).run()
+    Pipeline(folder, stages, console, sharers=seeds).run()
+    Pipeline(folder, build_comparison(folder, seed, device, stages), console, sharers=seeds).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         try:
             if args.seed:
-                os.sched_setaffinity(0, cores_of(args.seed, args.of, tuple(os.sched_getaffinity(0))))
-                run_seed(out, args.seed, scale, args.device, console)
+                run_seed(out, args.seed, args.of, scale, args.device, console)
                 return 0
             more = ("--device", args.device, *(("--smoke",) if args.smoke else ()))
             Pipeline(out, (one_stage(out, seeds, more),), console).run()

@@ -102,6 +102,13 @@ def test_commands_side_by_side_share_the_cores_and_end_together(tmp_path: Path) 
     assert int((tmp_path / "slow").read_text()) == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def test_pipelines_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    stage = shell(tmp_path, f"echo $OMP_NUM_THREADS > {tmp_path}/one")
+    pipeline.Pipeline(tmp_path, (stage,), Console(file=io.StringIO()), sharers=3).run()
+    assert (tmp_path / "one").read_text() == "2\n"
+
+
 def test_the_terminal_shows_every_stage(tmp_path: Path) -> None:
     shown = run(tmp_path, shell(tmp_path, f"echo x > {tmp_path}/one"), terminal=True)
     assert "One" in shown and "total" in shown

@@ -132,18 +132,6 @@ def test_prompts_for_training_and_for_validation_are_mined_from_different_parts(
     assert corpora == [str(tmp_path / "data" / part) for part in ("rpt", "heldout")]
 
 
-@pytest.mark.parametrize(
-    ("seeds", "cores", "expected"),
-    [
-        (3, [0, 1], [[0], [1], [0]]),
-        (2, [4, 5, 6, 7], [[4, 6], [5, 7]]),
-        (1, [0, 1], [[0, 1]]),
-    ],
-)
-def test_seeds_side_by_side_divide_the_cores(seeds: int, cores: list[int], expected: list[list[int]]) -> None:
-    assert [experiment.cores_of(seed, seeds, cores) for seed in range(1, seeds + 1)] == expected
-
-
 def test_another_seed_does_not_touch_what_the_others_did(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(experiment.ROOT)
     stage = experiment.one_stage(Path("runs/x"), 2, ("--device", "cpu"))
