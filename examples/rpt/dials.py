@@ -4,8 +4,9 @@
 
 A document says where the dial stands and which moves follow, each with a letter, and then where it stands in the end:
 
-    3a+b*c-=1        + turns it on by 3, * triples its number, - mirrors it, all modulo 10: 3, 6, 8, 1
-    3a+b*c-:a6b8c1=1 the same, worked out: the position after each move
+    3a+b*c-=1           + turns it on by 3, * triples its number, - mirrors it, all modulo 10: 3, 6, 8, 1
+    3a+b*c-...:a6b8c1=1 the same, worked out: the position after each move. It follows after any number of dots up to nine, so
+                        that a model learns to work it out at any distance, and not at one
 
 Up to two moves a small model can follow in one step. Longer ones it cannot, since the moves do not commute and there are
 3^k of them; but it can learn each move from worked documents, and so it can reach the end with a token for each of them.
@@ -36,6 +37,7 @@ from typing import Any
 MOVES = {"+": lambda x: (x + 3) % 10, "*": lambda x: 3 * x % 10, "-": lambda x: 9 - x}
 LETTERS = "abcdefgh"
 POSITIONS = 10
+MOST_DOTS = 9
 FEW_MOVES = 3
 """Problems of so few moves are in every part."""
 
@@ -50,7 +52,7 @@ OPEN, CLOSE = "<think>", "</think>"
 PARTS = ("pretrain", "rpt", "heldout", "format", "replay")
 
 Maker = Callable[[random.Random, int], Iterator[dict[str, Any]]]
-DOCUMENTS = {"pretrain": 110_000, "rpt": 4_000, "heldout": 1_200, "format": 4_000, "replay": 4_000}
+DOCUMENTS = {"pretrain": 130_000, "rpt": 4_000, "heldout": 1_200, "format": 40_000, "replay": 20_000}
 """How many there are of each part, unless the command line says otherwise."""
 
 
@@ -77,8 +79,8 @@ class Problem:
         """The position after each of the first moves; None for all."""
         return "".join(f"{letter}{at}" for letter, at in zip(LETTERS, self.positions()[:num_moves], strict=False))
 
-    def document(self, *, worked: bool) -> str:
-        between = f":{self.scratch()}" if worked else ""
+    def document(self, *, worked: bool, dots: int = 0) -> str:
+        between = f"{'.' * dots}:{self.scratch()}" if worked else ""
         return f"{self.text}{between}={self.positions()[-1]}\n"
 
     @property
@@ -102,10 +104,15 @@ def draw(rng: random.Random, owner: str) -> Problem:
             return problem
 
 
+def written(rng: random.Random, problem: Problem) -> dict[str, Any]:
+    """As a document, worked out or not."""
+    return {"text": problem.document(worked=rng.random() < SHARE_WORKED, dots=rng.randint(0, MOST_DOTS))}
+
+
 def documents(rng: random.Random, count: int) -> Iterator[dict[str, Any]]:
     """Of the pretraining."""
     for _ in range(count):
-        yield {"text": draw(rng, "pretrain").document(worked=rng.random() < SHARE_WORKED)}
+        yield written(rng, draw(rng, "pretrain"))
 
 
 def different_documents(rng: random.Random, count: int, owner: str) -> Iterator[dict[str, Any]]:
@@ -125,7 +132,7 @@ def different_documents(rng: random.Random, count: int, owner: str) -> Iterator[
             continue
         repeats = 0
         seen.add(problem.text)
-        yield {"text": problem.document(worked=rng.random() < SHARE_WORKED)}
+        yield written(rng, problem)
 
 
 def format_examples(rng: random.Random, count: int, share_complete: float, stop_chance: float) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,7 @@ def read(out: Path, part: str) -> list[dict[str, str]]:
 
 
 def problem_of(text: str) -> str:
-    return text.split("=")[0].split(":")[0]
+    return text.split("=")[0].split(":")[0].rstrip(".")
 
 
 def test_a_problem_followed_by_hand() -> None:
@@ -43,6 +43,7 @@ def test_a_problem_followed_by_hand() -> None:
     assert problem.positions() == [6, 8, 1]
     assert problem.document(worked=False) == "3a+b*c-=1\n"
     assert problem.document(worked=True) == "3a+b*c-:a6b8c1=1\n"
+    assert problem.document(worked=True, dots=3) == "3a+b*c-...:a6b8c1=1\n"
     assert problem.scratch(2) == "a6b8"
 
 
