@@ -16,6 +16,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.megarpt-installed
 TORCH  := torch==2.13.0
 EXTRAS := dev,demo,fast,parquet,hf,rl,serve
+# Tests start some hundred processes that import the same modules; without bytecode each would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests over the processors, those of a file together.
 SPREAD := -n logical --maxprocesses 4 --dist loadfile
 

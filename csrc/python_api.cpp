@@ -1,6 +1,9 @@
 // The module megarpt._C: one register function for each folder of csrc/.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cached_attention/api.hpp"
+#include "common/instruction_set.hpp"
 #include "common/tensor.hpp"
 #include "linear_logprob/api.hpp"
 #include "token_select/api.hpp"
@@ -8,6 +11,15 @@
 namespace py = pybind11;
 
 namespace megarpt {
+
+template <int kDims>
+void register_strided(py::module_& m, const char* name) {
+  using Sizes = std::array<int64_t, kDims>;
+  const auto make = [](std::uintptr_t data, const Sizes& sizes, const Sizes& strides, DType dtype) {
+    return Strided<kDims>{data, sizes, strides, dtype};
+  };
+  py::class_<Strided<kDims>>(m, name).def(py::init(make));
+}
 
 void register_common(py::module_& m) {
   py::enum_<DType>(m, "DType")
@@ -21,6 +33,14 @@ void register_common(py::module_& m) {
   py::class_<Place>(m, "Place").def(py::init<bool, std::uintptr_t>());
   py::class_<Matrix>(m, "Matrix").def(py::init<std::uintptr_t, int64_t, int64_t, int64_t, DType>());
   py::class_<Vector>(m, "Vector").def(py::init<>()).def(py::init<std::uintptr_t, int64_t, DType>());
+  register_strided<4>(m, "Strided4");
+  register_strided<5>(m, "Strided5");
+}
+
+void register_cached_attention(py::module_& m) {
+  using namespace cached_attention;
+  py::class_<Cache>(m, "Cache").def(py::init<Strided<5>, Vector, Strided<5>, Vector, Vector>());
+  m.def("attend_step", &attend_step, py::call_guard<py::gil_scoped_release>());
 }
 
 void register_linear_logprob(py::module_& m) {
@@ -57,8 +77,10 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
-  m.attr("instruction_set") = megarpt::linear_logprob::instruction_set();
+  m.attr("instruction_set") = megarpt::instruction_set();
   megarpt::register_common(m);
+  auto cached_attention = m.def_submodule("cached_attention");
+  megarpt::register_cached_attention(cached_attention);
   auto linear_logprob = m.def_submodule("linear_logprob");
   megarpt::register_linear_logprob(linear_logprob);
   auto token_select = m.def_submodule("token_select");

@@ -6,7 +6,7 @@ Dims: b micro-batch, s sequence length, t = b * s packed tokens. Losses and log-
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,18 +25,6 @@ class TokenBatch:
     source_id: Tensor  # [b] int64, index of the corpus in the blend
     sample_index: Tensor  # [b] int64, position of the sample in the whole run's order, whatever the layout; -1 for padding
     streams: Mapping[str, Tensor] = field(default_factory=dict)  # name -> [b, s] fp32, aligned with labels: "ref_nll", ...
-
-    def samples(self, which: slice) -> TokenBatch:
-        """Some neighbouring samples as a batch of their own. Waits for the device."""
-        first, last, _ = which.indices(len(self.tokens))
-        start, end = (row * self.tokens.shape[1] for row in (first, last))
-        edges = self.cu_seqlens[(self.cu_seqlens >= start) & (self.cu_seqlens <= end)] - start
-        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("cu_seqlens", "streams")}
-        return TokenBatch(
-            **{name: value[which] for name, value in values.items()},
-            cu_seqlens=edges,
-            streams={name: value[which] for name, value in self.streams.items()},
-        )
 
 
 class TokenStats(NamedTuple):

@@ -83,7 +83,8 @@ class Size(NamedTuple):
 
 
 TINY = Size(4, 256, 4, 2, 768, 8192)  # the `tiny` preset
-LARGE_HEAD = Size(3, 512, 8, 4, 1216, 32_768)  # of --selection-cost: the head is two thirds of the arithmetic
+LARGE_HEADS = {512: Size(3, 512, 8, 4, 1216, 32_768), 1024: Size(2, 1024, 16, 8, 1664, 32_768)}
+"""Of --selection-cost, by width: the head is two thirds of the arithmetic."""
 
 
 def train_step(
@@ -260,30 +261,30 @@ def compare_scopes(groups: ProcessGroups, precision: str, steps: int) -> list[di
 
 
 def compare_selection_cost(
-    groups: ProcessGroups, precision: str, steps: int, keep_mib: list[int]
+    groups: ProcessGroups, precision: str, steps: int, size: Size, keep_mib: list[int]
 ) -> list[dict[str, float | str]]:
     """Selection with a sidecar and with an online reference against ordinary language modeling, step by step."""
     runs: dict[tuple[str, str, str], Callable[[TokenBatch], object]] = {}
     for keep in keep_mib:
 
         def add(name: str, scope: str, objective: ObjectiveConfig, annotate: Annotate | None = None, keep: int = keep) -> None:
-            step = train_step(groups, precision, objective, size=LARGE_HEAD, keep_mib=keep, annotate=annotate)[0]
+            step = train_step(groups, precision, objective, size=size, keep_mib=keep, annotate=annotate)[0]
             runs[name, scope, str(keep)] = lambda batch: step([batch], Progress())
 
         add("language modeling", "", ObjectiveConfig())
-        network = train_step(groups, precision, ObjectiveConfig(), size=LARGE_HEAD)[0].chunks[0]
+        network = train_step(groups, precision, ObjectiveConfig(), size=size)[0].chunks[0]
         online = OnlineReference(unwrap(network), groups, ["ref_nll"])
         for scope in ("sequence", "global_batch"):
             rho1 = ObjectiveConfig(scorer="excess_loss", weighting="top_fraction", fraction=FRACTION, scope=scope)
             add("sidecar", scope, rho1)
             add("online reference", scope, rho1, online)
-    weights = train_step(groups, precision, ObjectiveConfig(), size=LARGE_HEAD)[2]
-    runs["plain loop", "", ""] = plain_step(weights, precision, False, size=LARGE_HEAD)
-    runs["recipe", "global_batch", ""] = plain_step(weights, precision, False, size=LARGE_HEAD, selects=True)
+    weights = train_step(groups, precision, ObjectiveConfig(), size=size)[2]
+    runs["plain loop", "", ""] = plain_step(weights, precision, False, size=size)
+    runs["recipe", "global_batch", ""] = plain_step(weights, precision, False, size=size, selects=True)
     seconds: dict[tuple[str, str, str], list[float]] = {name: [] for name in runs}
     for i in range(steps + 1):
-        noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(i)) + math.log(LARGE_HEAD.vocab)
-        batch = replace(random_batch(BATCH, SEQUENCE, LARGE_HEAD.vocab, seed=i), streams={"ref_nll": noise})
+        noise = torch.randn(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(i)) + math.log(size.vocab)
+        batch = replace(random_batch(BATCH, SEQUENCE, size.vocab, seed=i), streams={"ref_nll": noise})
         for key, run in runs.items():
             spent = _cpu_seconds(lambda run=run, batch=batch: run(batch))  # type: ignore[misc]
             if i >= 1:  # the first step warms up
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument("--timed", action="store_true", help="also megarpt with every part of the step measured, as in a run")
     parser.add_argument("--selection", action="store_true", help="instead: the cost of selecting tokens, scope by scope")
     parser.add_argument("--selection-cost", action="store_true", help="instead: what a selection step costs, large head")
+    parser.add_argument("--hidden", type=int, default=512, choices=LARGE_HEADS, help="width of --selection-cost's model")
     parser.add_argument("--keep-mib", nargs="+", type=int, default=[128], help="train.head_keep_mib for --selection-cost")
     parser.add_argument("--output", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
@@ -349,11 +351,14 @@ def main() -> None:
         size = f"{MICRO_BATCHES} micro-batches of {BATCH // MICRO_BATCHES} x {SEQUENCE}"
         table = show_rows(rows, f"a step of {size}, {FRACTION:.0%} kept")
     elif args.selection_cost:
+        model = LARGE_HEADS[args.hidden]
         rows = [
-            row for precision in args.precision for row in compare_selection_cost(groups, precision, args.steps, args.keep_mib)
+            row
+            for precision in args.precision
+            for row in compare_selection_cost(groups, precision, args.steps, model, args.keep_mib)
         ]
-        layers, head = LARGE_HEAD.products
-        size = f"{_size(LARGE_HEAD)}, batch {BATCH} x {SEQUENCE}"
+        layers, head = model.products
+        size = f"{_size(model)}, batch {BATCH} x {SEQUENCE}"
         table = show_rows(rows, f"a model whose head is {head / (layers + head):.0%} of it ({size}), {FRACTION:.0%} kept")
     else:
         rows = [compare(groups, precision, args.steps, args.compiled, args.timed) for precision in args.precision]

@@ -31,6 +31,23 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// Calls `body` with a value of the element type.
+template <typename Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float());
+    case DType::kBFloat16:
+      return body(BFloat16());
+    case DType::kFloat16:
+      return body(Float16());
+    case DType::kFloat64:
+      return body(double());
+    default:
+      return;  // refused before
+  }
+}
+
 // What the softmax of each element type is computed in.
 template <typename T>
 struct Wide {

@@ -3,6 +3,7 @@
 // megarpt/ops/_ext.py makes these from tensors and is the only caller.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -48,6 +49,23 @@ struct Vector {
   }
 };
 
+// Entries of the last dim next to each other, those of the others `strides` entries apart.
+template <int kDims>
+struct Strided {
+  std::uintptr_t data;
+  std::array<int64_t, kDims> sizes, strides;
+  DType dtype;
+
+  // Of the entry whose leading indices are given and whose others are 0.
+  template <typename T, typename... Indices>
+  T* at(Indices... indices) const {
+    int64_t offset = 0;
+    int dim = 0;
+    ((offset += indices * strides[dim++]), ...);
+    return reinterpret_cast<T*>(data) + offset;
+  }
+};
+
 // Throws what Python sees as ValueError.
 template <typename... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
@@ -55,6 +73,24 @@ template <typename... Parts>
   text << op << ": ";
   (text << ... << parts);
   throw std::invalid_argument(text.str());
+}
+
+// As in "[2, 3]".
+template <std::size_t kDims>
+std::string text_of(const std::array<int64_t, kDims>& sizes) {
+  std::ostringstream text;
+  for (std::size_t dim = 0; dim < kDims; ++dim) text << (dim == 0 ? "[" : ", ") << sizes[dim];
+  return text.str() + "]";
+}
+
+inline bool is_floating(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kFloat64;
+}
+
+inline void check_floating(const char* op, const char* name, DType dtype) {
+  if (!is_floating(dtype)) {
+    fail(op, name, ": got ", name_of(dtype), ", expected float32, bfloat16, float16 or float64");
+  }
 }
 
 inline void check_vector(const char* op, const char* name, const Vector& vector, int64_t size, DType dtype) {

@@ -8,9 +8,6 @@
 
 namespace megarpt::linear_logprob {
 
-// Which of the compiled CPU versions this processor runs.
-const char* instruction_set();
-
 // What is known of every row's softmax after some of its columns, updated by every further tile.
 //   largest [n] W       the largest logit so far (-inf before the first)
 //   sum [n] double      sum of exp(z - largest)

@@ -1,4 +1,5 @@
 // What callers may get wrong, and which instruction set does the work.
+#include "common/instruction_set.hpp"
 #include "linear_logprob/api.hpp"
 #include "linear_logprob/cpu_passes.hpp"
 #include "linear_logprob/cuda_passes.hpp"
@@ -6,40 +7,11 @@
 namespace megarpt::linear_logprob {
 namespace {
 
-struct Choice {
-  const char* name;
-  const CpuPasses& passes;
-};
-
-const Choice& choice() {
-#ifdef MEGARPT_X86
-  static const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool kAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  static const Choice kChoice = kAvx512 ? Choice{"AVX-512", avx512::passes()}
-                                : kAvx2 ? Choice{"AVX2", avx2::passes()}
-                                        : Choice{"baseline", baseline::passes()};
-#else
-  static const Choice kChoice{"baseline", baseline::passes()};
-#endif
-  return kChoice;
-}
-
-bool is_floating(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16 || dtype == DType::kFloat64;
-}
-
-void check_floating(const char* op, const char* name, DType dtype) {
-  if (!is_floating(dtype)) {
-    fail(op, name, ": got ", name_of(dtype), ", expected float32, bfloat16, float16 or float64");
-  }
-}
+const CpuPasses& passes() { return MEGARPT_BEST(passes)(); }
 
 DType wide(DType dtype) { return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32; }
 
 }  // namespace
-
-const char* instruction_set() { return choice().name; }
 
 void add_tile(const Matrix& logits, const Vector& labels, int64_t first_column, double inverse_temperature,
               const RowState& state, const Place& place) {
@@ -55,7 +27,7 @@ void add_tile(const Matrix& logits, const Vector& labels, int64_t first_column, 
   check_vector(kOp, "best", state.best, n, DType::kInt64);
   if (n == 0 || logits.cols == 0) return;
   if (place.is_cuda) return cuda::add_tile(logits, labels, first_column, inverse_temperature, state, place.stream);
-  choice().passes.add_tile(logits, labels, first_column, inverse_temperature, state);
+  passes().add_tile(logits, labels, first_column, inverse_temperature, state);
 }
 
 void write_gradient(const Matrix& source, const Vector& rows, int64_t first_column, double inverse_temperature,
@@ -86,7 +58,7 @@ void write_gradient(const Matrix& source, const Vector& rows, int64_t first_colu
   if (place.is_cuda) {
     return cuda::write_gradient(source, rows, first_column, inverse_temperature, gradient, out, place.stream);
   }
-  choice().passes.write_gradient(source, rows, first_column, inverse_temperature, gradient, out);
+  passes().write_gradient(source, rows, first_column, inverse_temperature, gradient, out);
 }
 
 void add_transposed(const Matrix& source, const Matrix& out, bool overwrite) {
@@ -98,7 +70,7 @@ void add_transposed(const Matrix& source, const Matrix& out, bool overwrite) {
   if (source.rows != out.cols || source.cols != out.rows) {
     fail(kOp, "out: got [", out.rows, ", ", out.cols, "], expected [", source.cols, ", ", source.rows, "]");
   }
-  choice().passes.add_transposed(source, out, overwrite);
+  passes().add_transposed(source, out, overwrite);
 }
 
 }  // namespace megarpt::linear_logprob

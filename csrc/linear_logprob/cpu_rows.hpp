@@ -17,23 +17,6 @@ constexpr int64_t kParallel = 32768;  // fewer entries than this are not worth w
 template <typename T, typename O>
 constexpr bool kCanNarrow = std::is_same_v<T, O> || (std::is_same_v<T, float> && sizeof(O) < sizeof(float));
 
-// Calls `body` with a value of the element type.
-template <typename Body>
-void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float());
-    case DType::kBFloat16:
-      return body(BFloat16());
-    case DType::kFloat16:
-      return body(Float16());
-    case DType::kFloat64:
-      return body(double());
-    default:
-      return;  // refused by cpu.cpp
-  }
-}
-
 // e times something at x, where e = exp(x): 0 times minus infinity, the limit of which is 0, would be NaN. exponential compares
 // x with the same number, so one comparison serves both.
 template <typename W>

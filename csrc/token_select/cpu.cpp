@@ -1,4 +1,5 @@
 // What callers may get wrong, and which instruction set does the work.
+#include "common/instruction_set.hpp"
 #include "token_select/api.hpp"
 #include "token_select/cpu_passes.hpp"
 #include "token_select/cuda_passes.hpp"
@@ -6,16 +7,7 @@
 namespace megarpt::token_select {
 namespace {
 
-const CpuPasses& passes() {
-#ifdef MEGARPT_X86
-  static const bool kAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool kAvx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return kAvx512 ? avx512::passes() : kAvx2 ? avx2::passes() : baseline::passes();
-#else
-  return baseline::passes();
-#endif
-}
+const CpuPasses& passes() { return MEGARPT_BEST(passes)(); }
 
 int64_t num_chunks(int64_t n) { return (n + kChunk - 1) / kChunk; }
 

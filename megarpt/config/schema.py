@@ -391,9 +391,10 @@ class StepConfig(Section):
     head_chunk_tokens: NonNegative = 0
     """At most this many tokens' logits exist at a time; 0 lets the device's cache decide."""
     head_keep_mib: NonNegative | None = None
-    """MiB of logits that may be held at a time. Where the objective decides what tokens are worth only after the forward pass,
-    they are held for the backward pass and the others computed again; otherwise the gradients are made in the forward pass, of
-    as many tokens at a time as fit. 0 holds none; null holds 128, or as many as stream.memory_budget_gb leaves room for."""
+    """MiB of logits that may be held at a time. The gradients are made in the forward pass, of as many tokens at a time as fit,
+    and those of a selection by a guess that the backward pass puts right. Where that is not possible, or too few fit for it to
+    pay, logits are held for the backward pass and the others computed again. 0 holds none; null holds 128, or as many as
+    stream.memory_budget_gb leaves room for."""
 
 
 class TrainConfig(StepConfig):

@@ -3,7 +3,7 @@
 megatron-core 0.16 names `torch.cuda` in about 340 places. `install()` puts a finder in front of the import system that, only
 for `megatron.core` modules, rewrites each syntax tree as it is imported: `torch.cuda` becomes the stand-in below, CUDA device
 strings become "cpu", `.cuda()` and `.pin_memory()` become nothing. torch itself is not touched and line numbers stay true, so
-tracebacks still point into megatron-core.
+tracebacks still point into megatron-core. Compiled, what was rewritten is kept beside Python's own bytecode.
 
 Where CUDA is used nothing here runs. A test pins the library's version and the number of rewrites, so
 that an upgrade cannot pass unseen.
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import marshal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +29,7 @@ import torch
 from megarpt.errors import ExtensionError
 
 _STAND_IN = "_megarpt_cpu_cuda"
+_OWN_SOURCE = Path(__file__).read_bytes()
 # CUDA graphs, FSDP and NVSHMEM have no meaning on a CPU; their modules are only imported, never run.
 _LEFT_ALONE = ("megatron.core.distributed.fsdp", "megatron.core.resharding", "megatron.core.nccl_allocator")
 
@@ -198,8 +202,17 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> Any:
         # SourceFileLoader.get_code would read and write the ordinary bytecode cache, where the rewritten code must never land.
+        # It has a file of its own there, named by all that it is made from.
         path = self.get_filename(fullname)
-        return self.source_to_code(self.get_data(path), path)
+        source = self.get_data(path)
+        digest = hashlib.sha256(_OWN_SOURCE + source).hexdigest()[:16]
+        cache = importlib.util.cache_from_source(path, optimization=f"megarpt{digest}")
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # not there, or not whole
+            return marshal.loads(self.get_data(cache))
+        code = self.source_to_code(source, path)
+        if not sys.dont_write_bytecode:
+            self.set_data(cache, marshal.dumps(code))  # atomic; nothing where the folder cannot be written to
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -221,7 +234,13 @@ def _use_cpu_generator(module: ModuleType) -> None:
     module._set_cuda_rng_state = set_state  # type: ignore[attr-defined]
 
 
-_AFTER_IMPORT = {"megatron.core.tensor_parallel.random": _use_cpu_generator}
+def _leave_uncompiled(module: ModuleType) -> None:
+    """megatron-core hands some functions to torch.compile as they are defined; importing the compiler takes as long as all the
+    rest of it, and a run on a CPU calls none of them."""
+    module.disable_jit_fuser()
+
+
+_AFTER_IMPORT = {"megatron.core.tensor_parallel.random": _use_cpu_generator, "megatron.core.jit": _leave_uncompiled}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -264,8 +283,6 @@ def install_without_cuda() -> None:
 
 def count_rewrites(root: str) -> Iterator[tuple[str, int]]:
     """(module file, rewrites) for every source file below `root`, for the test that pins them."""
-    from pathlib import Path
-
     for file in sorted(Path(root).rglob("*.py")):
         _, rewrites = rewrite(file.read_text(), str(file))
         if rewrites:

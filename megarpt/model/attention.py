@@ -19,7 +19,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megarpt.ops.causal_attention import causal_attention
 from megarpt.parallel.context import QueryRange, gather_shares
@@ -135,6 +134,8 @@ class SdpaCoreAttention(MegatronModule):
         return torch.cat(outs, dim=2).squeeze(0).transpose(0, 1)
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, queries: QueryRange, longest: int) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
+
         out = varlen_attn(
             q,
             k,

@@ -9,7 +9,6 @@ Dims: b micro-batch, s sequence, t = b * s packed tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,25 +19,25 @@ from torch import Tensor
 
 from megarpt.model.build import unwrap
 from megarpt.model.token_stats_gpt import HeadMode, TokenStatsGPT
-from megarpt.ops.linear_logprob import GradientRule
+from megarpt.ops.linear_logprob import GradientGuess
 from megarpt.parallel.context import gather_shares, query_ranges, take_share
 from megarpt.parallel.layout import ProcessGroups
 from megarpt.streaming.chunks import Chunk, PackedSegments, cut, deal
 from megarpt.structs import TokenBatch, TokenStats
 
 ForwardStep = Callable[[Iterator[Any], torch.nn.Module], tuple[Tensor, Callable[[Tensor], Any] | None]]
-WeightOfSamples = Callable[[slice, TokenStats], Tensor]  # (which samples, their [n, s] statistics) -> [n, s] weights
+WeightGuess = Callable[[slice, TokenStats], Tensor]  # (some tokens of the micro-batch, their statistics) -> weights, [n] each
 
 
 def head_output(
-    model: torch.nn.Module, batch: TokenBatch, mode: HeadMode, weight: Tensor | WeightOfSamples | None = None
+    model: torch.nn.Module, batch: TokenBatch, mode: HeadMode, weight: Tensor | WeightGuess | None = None
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     """One model chunk over one micro-batch, flattened so that documents are attention segments.
 
     Args:
-        weight: [b, s] what each token is worth, where that is known already, or how it follows from the statistics of its
-            own sample: the loss will be the sum of weight * -logprob, to the last bit. Not made use of where a rank does not
-            see whole samples in their order.
+        weight: [b, s] what each token is worth, where that is known already (the loss will be the sum of weight * -logprob, to
+            the last bit), or a guess of it (the closer, the less is to be computed twice; asked of the first tokens first).
+            A guess is not made use of where a rank does not see the tokens in their order.
 
     Returns what the head computes, [b, s] each, on the chunk that has the head, and hidden states elsewhere.
 
@@ -64,15 +63,15 @@ def head_output(
         own = take_share(values.flatten(), cp)
         return (own if dealt is None else own[dealt])[None]
 
-    rule = None
+    guess = None
     if callable(weight) and cp.size() == 1 and dealt is None:
-        rule = GradientRule(partial(_gradient_of_samples, weight, s), unit=s)
+        guess = GradientGuess(lambda tokens, stats: -weight(tokens, stats), unit=s)
     out = model(
         input_ids=share(batch.tokens),
         position_ids=share(batch.position_ids),
         attention_mask=None,
         labels=share(batch.labels),
-        loss_mask=share(weight) if isinstance(weight, Tensor) else rule,
+        loss_mask=share(weight) if isinstance(weight, Tensor) else guess,
         packed_seq_params=packed,
     )
     if not network.post_process:
@@ -85,13 +84,6 @@ def head_output(
     first, second = (None if x is None else whole(x) for x in out)
     assert first is not None
     return first, second
-
-
-def _gradient_of_samples(weight: WeightOfSamples, s: int, tokens: slice, stats: TokenStats) -> Tensor:
-    """Of the loss, by the log-probabilities of whole samples. Shapes: [n * s] each."""
-    logprob, entropy = (None if x is None else x.view(-1, s) for x in stats)
-    assert logprob is not None
-    return -weight(slice(tokens.start // s, tokens.stop // s), TokenStats(logprob, entropy)).flatten()
 
 
 def _stream(network: TokenStatsGPT, batch: TokenBatch) -> tuple[tuple[Chunk, ...], Tensor | None]:

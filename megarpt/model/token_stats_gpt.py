@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, 
 from torch import Tensor
 
 from megarpt.model.embedding import RowGradients
-from megarpt.ops.linear_logprob import GradientRule, VocabShard, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import GradientGuess, VocabShard, linear_logprob, linear_top1
 
 
 class HeadMode(enum.Enum):
@@ -69,13 +69,13 @@ class TokenStatsGPT(GPTModel):
         hidden_states: Tensor,
         *args: Any,
         labels: Tensor | None = None,
-        loss_mask: Tensor | GradientRule | None = None,
+        loss_mask: Tensor | GradientGuess | None = None,
         **kwargs: Any,
     ) -> Any:
         """[t, 1, h] -> (logprob [t], entropy [t] or None) when labels are given.
 
-        With a `loss_mask` the loss is the sum of loss_mask * -logprob and nothing else, or one whose gradient follows from the
-        rule that is given in its place; that lets the head make its gradients at once (see `linear_logprob`).
+        With a `loss_mask` the loss is the sum of loss_mask * -logprob and nothing else, or one whose gradient can be guessed
+        by what is given in its place; that lets the head make its gradients at once (see `linear_logprob`).
         """
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)

@@ -53,8 +53,8 @@ class Objective(ABC):
         return False
 
     @property
-    def decides_by_sample(self) -> bool:
-        """Whether `select` gives, in this step, the weights of a sample from the statistics of that sample alone."""
+    def guesses(self) -> bool:
+        """Whether `guess` can be asked, so that the head need not wait for the choice."""
         return False
 
     @property
@@ -86,10 +86,16 @@ class Objective(ABC):
         group: dist.ProcessGroup | None,
     ) -> list[TokenWeights]:
         """Weights of every micro-batch of a step; the loss of a token is then its weight times its nll, and the head may make
-        its gradient at once. Asked only of an objective without `needs_stats`, or that spans micro-batches or decides by
-        sample.
+        its gradient at once. Asked only of an objective without `needs_stats`, or that spans micro-batches.
         """
         raise NotImplementedError(f"{type(self).__name__} chooses nothing beforehand")
+
+    def guess(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
+        """[b, s] what the tokens of a micro-batch will be worth, as well as it can be said; where it is wrong the head computes
+        a token again. Changes no state and uses no other rank. Asked only of an objective that guesses, while the head knows
+        some of the statistics: `batch.loss_mask` is False where it does not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not guess")
 
     def settle(self, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], group: dist.ProcessGroup | None) -> dict[str, Metric]:
         """Learn from the step that was just run. Asked only of an objective that learns from steps."""

@@ -63,9 +63,9 @@ class WeightedLanguageModel(Objective):
         return self.weighting.spans_micro_batches
 
     @property
-    def decides_by_sample(self) -> bool:
-        """Whether the weights of a sample follow, in this step, from the statistics of that sample alone."""
-        return self.weighting.decides_by_sample
+    def guesses(self) -> bool:
+        """Whether weights depend on the statistics, which is when they have to be guessed."""
+        return self.needs_stats
 
     @property
     def learns_from_steps(self) -> bool:
@@ -94,6 +94,11 @@ class WeightedLanguageModel(Objective):
         stats = [_NO_STATS] * len(batches) if stats is None else stats
         scores = [self._scores(one, batch, progress) for one, batch in zip(stats, batches, strict=True)]
         return self.weighting(self._by_scorer(scores), batches, group)
+
+    @torch.no_grad()
+    def guess(self, stats: TokenStats, batch: TokenBatch, progress: Progress) -> Tensor:
+        """[b, s] weights by the choice among the tokens whose statistics are known, those that `batch.loss_mask` has."""
+        return self.weighting.guess(self._by_scorer([self._scores(stats, batch, progress)]), [batch])[0].weight
 
     @torch.no_grad()
     def settle(self, work: Sequence[tuple[TokenBatch, ObjectiveOutput]], group: dist.ProcessGroup | None) -> dict[str, Metric]:

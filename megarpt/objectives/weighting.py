@@ -37,12 +37,15 @@ class TokenWeighting(ABC):
     num_scorers: int = 1  # how many rankings it chooses by
     selects: bool = True  # False when every valid token counts alike
     spans_micro_batches: bool = False  # True when no weight is known before the scores of all micro-batches of a step are
-    decides_by_sample: bool = False  # True when a sample's weights follow from its own scores
     learns_from_steps: bool = False  # True when `settle` is to be called after every step
 
     @abstractmethod
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         """One result per micro-batch. Only a weighting that spans micro-batches looks across them or uses `group`."""
+
+    def guess(self, scores: Scores, batches: Sequence[TokenBatch]) -> list[TokenWeights]:
+        """What the call would say if these scores were all there are. To be written where the call changes a state."""
+        return self(scores, batches, None)
 
     def settle(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         """After a step, with the scores of all its micro-batches: learn for the next, and say what the exact choice was."""
@@ -94,7 +97,6 @@ class TopFraction(TokenWeighting):
         self.fraction = fraction
         self.scope = scope
         self.spans_micro_batches = scope in ("rank", "global_batch")
-        self.decides_by_sample = scope == "sequence"
         self.threshold: float | Tensor | None = None  # of the last step; global_batch only, where it is the same on all ranks
 
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
@@ -111,6 +113,9 @@ class TopFraction(TokenWeighting):
         previous = own[0].new_full((), torch.nan) if self.threshold is None else torch.as_tensor(self.threshold).to(own[0])
         self.threshold = chosen[0].threshold
         return [each._replace(previous_threshold=previous) for each in chosen]
+
+    def guess(self, scores: Scores, batches: Sequence[TokenBatch]) -> list[TokenWeights]:
+        return self._select(scores[0], batches, None) if self.scope == "global_batch" else self(scores, batches, None)
 
     def state_dict(self) -> dict[str, float | None]:
         return {"threshold": None if self.threshold is None else float(self.threshold)}
@@ -160,10 +165,6 @@ class LaggedTopFraction(TokenWeighting):
         self._within_micro_batch = TopFraction(fraction, "microbatch")
         self._exact = TopFraction(fraction, "global_batch")
 
-    @property
-    def decides_by_sample(self) -> bool:  # type: ignore[override]
-        return self.threshold is not None
-
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         if self.threshold is None:
             return self._within_micro_batch(scores, batches, None)
@@ -212,12 +213,11 @@ class Combination(TokenWeighting):
         self.spans_micro_batches = first.spans_micro_batches
         self.learns_from_steps = first.learns_from_steps
 
-    @property
-    def decides_by_sample(self) -> bool:  # type: ignore[override]
-        return self.first.decides_by_sample and self.second.decides_by_sample
-
     def __call__(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         return self._combined(self.first(scores[:1], batches, group), self.second(scores[1:], batches, group))
+
+    def guess(self, scores: Scores, batches: Sequence[TokenBatch]) -> list[TokenWeights]:
+        return self._combined(self.first.guess(scores[:1], batches), self.second.guess(scores[1:], batches))
 
     def settle(self, scores: Scores, batches: Sequence[TokenBatch], group: dist.ProcessGroup | None) -> list[TokenWeights]:
         return self._combined(self.first.settle(scores[:1], batches, group), self.second.settle(scores[1:], batches, group))

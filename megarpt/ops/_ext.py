@@ -64,6 +64,13 @@ def matrix(tensor: Tensor) -> Any:
     return _C.Matrix(tensor.data_ptr(), rows, cols, tensor.stride(0), getattr(_C.DType, _DTYPES[tensor.dtype]))
 
 
+def strided(tensor: Tensor) -> Any:
+    """4 or 5 dims, the entries of the last one next to each other."""
+    assert _C is not None and tensor.dim() in (4, 5) and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+    make = _C.Strided4 if tensor.dim() == 4 else _C.Strided5
+    return make(tensor.data_ptr(), tensor.shape, tensor.stride(), getattr(_C.DType, _DTYPES[tensor.dtype]))
+
+
 def vector(tensor: Tensor | None) -> Any:
     """[n], contiguous; None is passed on as `not given`."""
     assert _C is not None

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -33,8 +32,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float)
     if 1 < n_q < n_kv and query.device.type == "cpu":
         out: Tensor = _Merged.apply(query, key, value, scale)
         return out
-    bias = causal_lower_right(n_q, n_kv) if 1 < n_q < n_kv else None
-    is_causal = n_q == n_kv
+    bias, is_causal = None, n_q == n_kv
+    if 1 < n_q < n_kv:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
+
+        bias = causal_lower_right(n_q, n_kv)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )

@@ -14,7 +14,7 @@ Dims: t tokens, h hidden, v vocabulary rows on this rank (v_tp).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,16 +46,17 @@ _WHOLE = VocabShard()
 
 
 @dataclass(frozen=True, slots=True)
-class GradientRule:
-    """The upstream gradient of `logprob` as a function of results.
+class GradientGuess:
+    """What the upstream gradient of `logprob` will be, as well as the results that are there can say.
 
     Attributes:
-        of: (which tokens, their results) -> their gradients; shapes [n] each.
-        unit: tokens are shown in multiples of this many, counted from the first.
+        of: (some tokens, their results) -> their gradients, shapes [n] each. Asked of the first tokens first, of every token
+            once, so that it can go by all that it was shown before.
+        unit: tokens are shown in multiples of this many, where as many are shown at a time.
     """
 
     of: Callable[[slice, TokenStats], Tensor]
-    unit: int
+    unit: int = 1
 
 
 class _Options(NamedTuple):
@@ -82,7 +83,7 @@ def linear_logprob(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     accumulate_into: Tensor | None = None,
-    known_gradient: Tensor | GradientRule | None = None,
+    known_gradient: Tensor | GradientGuess | None = None,
 ) -> TokenStats:
     """Log-probability of every label under softmax(hidden @ weight.T / temperature), and optionally the entropy.
 
@@ -102,17 +103,18 @@ def linear_logprob(
         accumulate_into: a buffer of the weight's shape to which its gradient is added in place of being returned, such as
             megatron-core's fp32 `main_grad`; `weight.grad_added_to_main_grad` is then set as its
             gradient_accumulation_fusion does.
-        known_gradient: the upstream gradient of `logprob` where it does not depend on the results, or the rule by which that of
-            some tokens follows from their own. Both gradients are then made in the forward pass, of as many tokens at a time as
-            have their logits in `keep_bytes` (of at least `LEAST_GROUP` and one unit of a rule; where fewer fit it is not made
-            use of). A backward pass has to follow and to bring this very gradient, or it raises (on an accelerator as a
-            device-side assertion); where NaN arrives, so it is. The entropy is not differentiable.
+        known_gradient: the upstream gradient of `logprob` where it does not depend on the results, or a guess of it from them.
+            Both gradients are then made in the forward pass, of as many tokens at a time as have their logits in `keep_bytes`
+            (of at least `LEAST_GROUP`; where fewer fit it is not made use of). What is known has to arrive in a backward pass,
+            or it raises (on an accelerator as a device-side assertion); where NaN arrives, so it is. What was guessed may turn
+            out otherwise: the gradients of those tokens are computed then. The entropy is not differentiable.
 
     Shapes: hidden [t, h], weight [v, h], labels, known_gradient [t], labels int64 -> logprob [t], entropy [t] or None.
     Units: nats. Outputs are fp32 (fp64 for fp64 inputs) whatever the inputs' dtype.
     Cost: products of 2 t h v FLOPs forward and 6 k h v backward, k = tokens with a non-zero upstream gradient (4 k h v of what
-        is kept, and where the gradient is known: forward). Peak bytes beyond inputs and gradients: on a CPU a tile of 4 MiB;
-        for half precision [t, h] in fp32 and [t, h] once more; when tokens are left out twice [k, h]; and keep_bytes.
+        is kept, and where the gradient is known: forward; a wrong guess costs 6 h v a token). Peak bytes beyond inputs and
+        gradients: on a CPU a tile of 4 MiB; for half precision [t, h] in fp32 and [t, h] once more; when tokens are left out
+        twice [k, h]; and keep_bytes. A guess holds `hidden` until the backward pass, as without it.
         On an accelerator the host waits once forward (are there ignored labels?) and once backward (how many are kept?).
     Collectives: forward, over tp_group: one MAX of [t] and one SUM of [2, t] fp64 ([3, t] with entropy), or as many of each as
         there are groups of tokens where the gradient is known. Backward: none; the
@@ -140,15 +142,15 @@ def linear_logprob(
             f"linear_logprob: got known_gradient {tuple(known_gradient.shape)} on {known_gradient.device}; expected "
             f"{tuple(labels.shape)} on {labels.device}, a number for every label."
         )
-    group = group_of_known(weight, keep_bytes, _unit(known_gradient)) if differentiable else 0
+    group = group_of_known(weight, keep_bytes) if differentiable else 0
     if not group:
         return TokenStats(*_LinearLogprob.apply(hidden, weight, labels, options))
     return TokenStats(*_KnownLogprob.apply(hidden, weight, labels, known_gradient, options, group, chunk_tokens))
 
 
-def group_of_known(weight: Tensor, keep_bytes: int, unit: int = 1) -> int:
-    """How many tokens' gradients are made at a time where they are known, a multiple of `unit`; 0 where that does not pay."""
-    rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize) // unit * unit
+def group_of_known(weight: Tensor, keep_bytes: int) -> int:
+    """How many tokens' gradients are made at a time where they are known or guessed; 0 where that does not pay."""
+    rows = keep_bytes // (weight.shape[0] * tile_dtype(weight.dtype, weight.device).itemsize)
     kind = "cpu" if weight.device.type == "cpu" else "cuda"
     return rows if rows >= LEAST_GROUP[kind, weight.dtype.itemsize < 4] else 0
 
@@ -357,7 +359,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class _KnownLogprob(torch.autograd.Function):
-    """Both gradients in the forward pass; the backward pass hands them on."""
+    """Both gradients in the forward pass; the backward pass hands them on, corrected where they were guessed wrong."""
 
     @staticmethod
     def forward(
@@ -365,7 +367,7 @@ class _KnownLogprob(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        known: Tensor | GradientRule,
+        known: Tensor | GradientGuess,
         options: _Options,
         group: int,
         chunk_tokens: int | None,
@@ -375,7 +377,7 @@ class _KnownLogprob(torch.autograd.Function):
         if total is None and needs[1]:
             total = weight.new_zeros(weight.shape, dtype=wide_dtype(weight.dtype))
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        logprobs, entropies, promised = [], [], []
+        found, promised = [], []
         for span in _groups(hidden.shape[0], group, known):
             rows, itemsize = span.stop - span.start, tile_dtype(hidden.dtype, hidden.device).itemsize
             all_logits = rows * options.num_valid * itemsize
@@ -387,57 +389,90 @@ class _KnownLogprob(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[span] = own
             promised.append(upstream)
-            logprobs.append(results.logprob)
-            entropies.append(results.entropy)
+            found.append(results._replace(kept=results.kept.new_empty(0)))
             del results, own  # before the logits of the next group are made
-        grad_weight = None
-        if options.main_grad is None and total is not None:
-            grad_weight = total.to(weight.dtype)
-        ctx.save_for_backward(torch.cat(promised), grad_hidden, grad_weight)
+        results = _joined(found, hidden, weight)
+        is_guess = isinstance(known, GradientGuess)
+        ctx.options = options._replace(plan=options.plan._replace(kept_columns=0), entropy=False)
         ctx.parameter = weight if options.main_grad is not None else None
-        entropy = torch.cat(entropies) if options.entropy else None  # type: ignore[arg-type]
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        # a guess leaves the weight's gradient as wide as it was summed, to add to it
+        grad_weight = None if options.main_grad is not None or total is None else total if is_guess else total.to(weight.dtype)
+        of_tokens = results._replace(entropy=None) if is_guess else ()
+        ctx.save_for_backward(torch.cat(promised), grad_hidden, grad_weight, *of_tokens)
+        if results.entropy is not None:
+            ctx.mark_non_differentiable(results.entropy)
+        return results.logprob, results.entropy
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        promised, grad_hidden, grad_weight = ctx.saved_tensors
+        promised, grad_hidden, grad_weight, *of_tokens = ctx.saved_tensors
         _refuse_second_derivatives()
-        broken = grad_logprob.isnan()  # of a loss that is no number, which has to be seen
-        torch._assert_async(
-            ((grad_logprob == promised) | broken).all(),
-            "linear_logprob: the gradient of logprob that backward was given is not the known_gradient that forward was given, "
-            "so the weight's gradient is wrong; expected the same numbers. Leave known_gradient out where a loss is scaled "
-            "or masked after the call.",
-        )
+        if of_tokens:
+            results = _Results(*of_tokens)
+            grad_hidden, grad_weight = _corrected(results, promised, grad_logprob, grad_hidden, grad_weight, ctx.options)
+        else:
+            broken = grad_logprob.isnan()  # of a loss that is no number, which has to be seen
+            torch._assert_async(
+                ((grad_logprob == promised) | broken).all(),
+                "linear_logprob: the gradient of logprob that backward was given is not the known_gradient that forward was "
+                "given, so the weight's gradient is wrong; expected the same numbers. Leave known_gradient out where a loss is "
+                "scaled or masked after the call.",
+            )
+            if grad_hidden is not None:
+                grad_hidden = grad_hidden.masked_fill(broken[:, None], torch.nan)
         if ctx.needs_input_grad[1] and ctx.parameter is not None:
             grad_weight = _placeholder(ctx.parameter)
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden.masked_fill(broken[:, None], torch.nan)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _known_of(known: Tensor | GradientRule, tokens: slice, results: _Results) -> Tensor:
+def _corrected(
+    results: _Results,
+    promised: Tensor,
+    arrived: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients made for a guess -> those for what arrived: what is missing for the difference is added.
+
+    Neither argument is changed but for `options.main_grad`; grad_weight is wide, and comes back in the weight's dtype.
+    """
+    missing = arrived - promised  # NaN where NaN arrived, which is seen in the results
+    if bool((missing != 0.0).any()):
+        total = grad_weight.clone() if options.main_grad is None and grad_weight is not None else options.main_grad
+        needs = grad_hidden is not None, total is not None
+        own, _ = _gradients(results, missing, None, needs, options._replace(main_grad=total))
+        if grad_hidden is not None:
+            # nothing is left of a token whose gradient was not to be made, not even the rounding of a difference
+            grad_hidden = (grad_hidden + own).masked_fill(((arrived == 0.0) & (missing != 0.0))[:, None], 0.0)
+        if grad_weight is not None:
+            grad_weight = total
+    return grad_hidden, None if grad_weight is None else grad_weight.to(results.weight.dtype)
+
+
+def _joined(parts: Sequence[_Results], hidden: Tensor, weight: Tensor) -> _Results:
+    """The results of neighbouring groups as one, without logits."""
+    columns = {name: [getattr(part, name) for part in parts] for name in _Results._fields}
+    joined = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items() if name != "weight"}
+    return _Results(**joined | {"hidden": hidden, "weight": weight})  # type: ignore[arg-type]
+
+
+def _known_of(known: Tensor | GradientGuess, tokens: slice, results: _Results) -> Tensor:
     """The upstream gradient of a group's log-probabilities."""
     if isinstance(known, Tensor):
         return known[tokens].detach().to(results.logprob.dtype)
     found = known.of(tokens, TokenStats(results.logprob, results.entropy))
     if found.shape != results.logprob.shape:
         raise ShapeError(
-            f"linear_logprob: the rule known_gradient gave {tuple(found.shape)} for {tuple(results.logprob.shape)} tokens; "
+            f"linear_logprob: the guess known_gradient gave {tuple(found.shape)} for {tuple(results.logprob.shape)} tokens; "
             "expected a number for every one."
         )
     return found.detach().to(results.logprob.dtype)
 
 
-def _unit(known: Tensor | GradientRule) -> int:
-    return known.unit if isinstance(known, GradientRule) else 1
-
-
-def _groups(num_tokens: int, group: int, known: Tensor | GradientRule) -> list[slice]:
-    """Of about equal size, and of whole units."""
-    unit = _unit(known)
+def _groups(num_tokens: int, group: int, known: Tensor | GradientGuess) -> list[slice]:
+    """Of about equal size, and of whole units where one fits."""
+    unit = known.unit if isinstance(known, GradientGuess) and known.unit <= group else 1
     whole = spans(-(-num_tokens // unit), group // unit)
     return [slice(each.start * unit, min(each.stop * unit, num_tokens)) for each in whole]
 

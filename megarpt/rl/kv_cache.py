@@ -1,12 +1,11 @@
 """Keys and values of the sequences that are decoded together, those of a shared prefix once.
 
 A sequence attends to its prompt, which completions of one group have in common, and to what it has written itself. The two are
-kept apart: prompts in rows of their own, read once for all sequences that share them, and never copied. The two results are
-merged by their log-sums (as in FlashAttention-2, arXiv 2307.08691, section 3.1).
+kept apart: prompts in rows of their own, never copied (ops/cached_attention.py has the attention to both).
 
 Rows are dense: what leaves is replaced by the last row, so a step reads nothing that is not in use.
 
-Dims: n sequences, p prompts, m sequences of the most shared prompt, ng key/value heads, g query heads of each, hn head size.
+Dims: n sequences, p prompts, ng key/value heads, g query heads of each, hn head size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megarpt.model.decoding import CacheShape
-from megarpt.ops.cached_attention import attend_with_log_sum
+from megarpt.ops.cached_attention import Sharing, attention_of_step
 
 _FIRST_CAPACITY = 64  # tokens; doubled when it is used up
 
@@ -79,8 +78,7 @@ class SharedPrefixCache:
         self.sequences = Rows(shape, max_sequences, device)
         self.prompt_of: list[int] = []  # of each sequence
         self._device = device
-        self._sharing: _Sharing | None = None
-        self._is_current = False
+        self._sharing: Sharing | None = None  # until somebody comes or goes
 
     def add_prompts(self, lengths: Sequence[int], keys_values: Sequence[Tensor]) -> list[int]:
         """Rows for new prompts, filled. Shapes: keys_values of each layer [t, ng, 2, hn], prompt after prompt."""
@@ -95,20 +93,20 @@ class SharedPrefixCache:
         last = len(self.prompts) - 1
         self.prompts.remove(row)
         self.prompt_of = [row if prompt == last else prompt for prompt in self.prompt_of]
-        self._is_current = False
+        self._sharing = None
 
     def add_sequence(self, prompt: int) -> None:
         """A row without tokens, after the others."""
         self.prompt_of.append(prompt)
         self.sequences.add(0)
-        self._is_current = False
+        self._sharing = None
 
     def remove_sequence(self, row: int) -> None:
         """The last sequence gets its number."""
         self.prompt_of[row] = self.prompt_of[-1]
         self.prompt_of.pop()
         self.sequences.remove(row)
-        self._is_current = False
+        self._sharing = None
 
     def next_positions(self) -> list[int]:
         """Of the token that each sequence is about to write."""
@@ -116,12 +114,10 @@ class SharedPrefixCache:
         return [self.prompts.lengths[prompt] + own for prompt, own in lengths]
 
     @property
-    def sharing(self) -> _Sharing | None:
-        """Who shares which prompt; None where each sequence has the prompt of its own number."""
-        if not self._is_current:
-            is_plain = self.prompt_of == list(range(len(self.prompts)))
-            self._sharing = None if is_plain else _Sharing(self.prompt_of, len(self.prompts), self._device)
-            self._is_current = True
+    def sharing(self) -> Sharing:
+        """Who shares which prompt."""
+        if self._sharing is None:
+            self._sharing = Sharing(self.prompt_of, len(self.prompts), self._device)
         return self._sharing
 
     def grow(self) -> None:
@@ -134,59 +130,9 @@ class CachedAttention:
     """One step's attention of n sequences with a token each, layer by layer; writes their keys and values."""
 
     def __init__(self, cache: SharedPrefixCache, scale: float, device: torch.device) -> None:
-        self._scale = scale
-        lengths = cache.sequences.lengths
-        self._own, self._own_mask = cache.sequences.layers, _mask(lengths, device)
-        self._end = None if len(set(lengths)) > 1 else lengths[0] - 1
-        self._at = torch.tensor([length - 1 for length in lengths], device=device)
-        self._rows = torch.arange(len(lengths), device=device)
-        self._prompts, self._prompt_mask = cache.prompts.layers, _mask(cache.prompts.lengths, device)
-        self._sharing = cache.sharing
+        self._own, self._prompts = cache.sequences.layers, cache.prompts.layers
+        lengths = cache.sequences.lengths, cache.prompts.lengths
+        self._attend = attention_of_step(*lengths, cache.sharing, scale=scale, device=device)
 
     def __call__(self, layer: int, query: Tensor, keys_values: Tensor) -> Tensor:
-        own, prompts = self._own[layer], self._prompts[layer]
-        if self._end is not None:
-            own[:, :, :, self._end] = keys_values
-        else:
-            own[self._rows, :, :, self._at] = keys_values
-        out, log_sum = attend_with_log_sum(query, own[:, :, 0], own[:, :, 1], self._own_mask, self._scale)
-        gathered = query if self._sharing is None else self._sharing.gather(query)
-        other = attend_with_log_sum(gathered, prompts[:, :, 0], prompts[:, :, 1], self._prompt_mask, self._scale)
-        prefix, prefix_log_sum = other if self._sharing is None else self._sharing.scatter(*other)
-        weight = torch.sigmoid(prefix_log_sum - log_sum).unsqueeze(-1)
-        return torch.lerp(out, prefix, weight.to(out.dtype))
-
-
-class _Sharing:
-    """Which sequences attend to a prompt together."""
-
-    def __init__(self, prompt_of: Sequence[int], num_prompts: int, device: torch.device) -> None:
-        members: list[list[int]] = [[] for _ in range(num_prompts)]
-        place = []
-        for sequence, prompt in enumerate(prompt_of):
-            place.append(len(members[prompt]))
-            members[prompt].append(sequence)
-        m = max(map(len, members))
-        rows = [each + [0] * (m - len(each)) for each in members]  # what fills up is computed and dropped
-        self._members = torch.tensor(rows, device=device)  # [p, m]
-        self._prompt_of = torch.tensor(prompt_of, device=device)
-        self._place = torch.tensor(place, device=device)
-
-    def gather(self, query: Tensor) -> Tensor:
-        """[n, ng, g, hn] -> [p, ng, m * g, hn]."""
-        return query[self._members].transpose(1, 2).flatten(2, 3)
-
-    def scatter(self, out: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """[p, ng, m * g, hn], [p, ng, m * g] -> [n, ng, g, hn], [n, ng, g]."""
-        m = self._members.shape[1]
-        whole = (x.unflatten(2, (m, -1))[self._prompt_of, :, self._place] for x in (out, log_sum))
-        first, second = whole
-        return first, second
-
-
-def _mask(lengths: Sequence[int], device: torch.device) -> Tensor | None:
-    """[rows, 1, 1, longest], minus infinity behind the end of a row; None where all are of one length."""
-    if len(set(lengths)) == 1:
-        return None
-    behind = torch.arange(max(lengths), device=device) >= torch.tensor(lengths, device=device).unsqueeze(1)
-    return torch.zeros(behind.shape, device=device).masked_fill_(behind, -torch.inf)[:, None, None]
+        return self._attend(query, keys_values, self._own[layer], self._prompts[layer])

@@ -78,7 +78,7 @@ class Work:
     keep_bytes: int  # of logits
     head_chunk_tokens: int
     num_microbatches: int
-    weight_unit: int  # tokens whose weights follow from themselves; 1: known before; 0: known only when all are there
+    weight_unit: int  # tokens that are best weighed together; 1: weights are known before; 0: only when all are there
 
     @property
     def num_tokens(self) -> int:
@@ -549,10 +549,12 @@ def group_of(shape: Shape, work: Work) -> int:
     unit, device = work.weight_unit, "cpu" if shape.on_cpu else "cuda"
     if not unit:
         return 0
+    most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3])
+    if most < LEAST_GROUP[device, shape.item_bytes < _WIDE]:
+        return 0
+    unit = unit if unit <= most else 1
     units = work.num_tokens // shape.cp // unit
-    most = work.keep_bytes // (shape.vocab * tile_of(shape, work)[3]) // unit
-    enough = most * unit >= LEAST_GROUP[device, shape.item_bytes < _WIDE]
-    return unit * -(-units // -(-units // most)) if enough else 0
+    return unit * -(-units // -(-units // (most // unit)))
 
 
 def kept_share(shape: Shape, work: Work) -> float:

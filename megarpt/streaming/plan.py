@@ -92,7 +92,7 @@ class Situation:
     keep_bytes: int = DEFAULT_HEAD_KEEP_MIB * 2**20
     head_chunk_tokens: int = 0
     trained_share: float = 1.0  # of the tokens
-    weight_unit: int = 0  # tokens whose weights follow from themselves; 1: known before; 0: known only when all are there
+    weight_unit: int = 0  # tokens that are best weighed together; 1: weights are known before; 0: only when all are there
 
     @classmethod
     def of(cls, cfg: LanguageModelConfig, *, vocab_size: int, on_cpu: bool, world_size: int | None = None) -> Situation:
@@ -105,7 +105,7 @@ class Situation:
         keep_mib = DEFAULT_HEAD_KEEP_MIB if cfg.train.head_keep_mib is None else cfg.train.head_keep_mib
         micro, objective = cfg.batch.micro_batch_size, cfg.objective
         num_microbatches = max(1, cfg.batch.global_batch_size // (micro * shape.dp))
-        weight_unit = cfg.data.seq_length if objective.scope == "sequence" and shape.cp == 1 else 0
+        weight_unit = cfg.data.seq_length if shape.cp == 1 else 0  # guessed
         if not ranks_by_student(objective) or (objective.scope in ("rank", "global_batch") and num_microbatches > 1):
             weight_unit = 1
         return cls(
@@ -126,7 +126,7 @@ class Situation:
         return self.seq_length * self.micro_batch_size // self.shape.cp
 
     def work(self, way: Way) -> Work:
-        # Where chunks are dealt out among ranks, the head does not see samples in their order.
+        # Where chunks are dealt out among ranks, the head does not see tokens in their order.
         is_dealt = way == "streamed" and self.shape.is_sequence_parallel
         return Work(
             way=way,

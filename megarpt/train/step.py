@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -21,7 +23,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megarpt.model.experts import take_balance_losses
-from megarpt.model.forward import WeightOfSamples, head_output, run_schedule, token_stats
+from megarpt.model.forward import WeightGuess, head_output, run_schedule, token_stats
 from megarpt.model.token_stats_gpt import HeadMode
 from megarpt.objectives.base import Metric, Objective, ObjectiveOutput
 from megarpt.objectives.weighting import TokenWeights
@@ -151,7 +153,7 @@ class TrainStep:
         """megatron-core's contract: (output, loss function of it)."""
         batch, given = next(work)
         mode = HeadMode.LOGPROB_ENTROPY if self.objective.needs_entropy else HeadMode.LOGPROB
-        weight = self._weight_of_samples(batch, progress) if given is None else given.weight
+        weight = self._guess_of_weights(batch, progress) if given is None else given.weight
         head = head_output(model, batch, mode, weight)
         if isinstance(head, Tensor):
             return head, None  # hidden states, for the next stage
@@ -172,15 +174,21 @@ class TrainStep:
 
         return stats.logprob, loss_function
 
-    def _weight_of_samples(self, batch: TokenBatch, progress: Progress) -> WeightOfSamples | None:
-        """How the weights follow from statistics, where the head can make its gradients sample by sample. The objective then
-        chooses once more, from the same numbers."""
-        if not self.objective.decides_by_sample:
+    def _guess_of_weights(self, batch: TokenBatch, progress: Progress) -> WeightGuess | None:
+        """How the weights of a micro-batch are guessed while the head has shown some of it, where the objective can."""
+        if not self.objective.guesses:
             return None
+        shown: list[TokenStats] = []
+        positions = torch.arange(batch.tokens.numel(), device=batch.tokens.device).view_as(batch.tokens)
 
-        def weight(which: slice, stats: TokenStats) -> Tensor:
-            (chosen,) = self.objective.select([stats], [batch.samples(which)], progress, None)
-            return chosen.weight
+        def weight(tokens: slice, stats: TokenStats) -> Tensor:
+            shown.append(stats)
+            rest = (0, batch.tokens.numel() - tokens.stop)
+            logprob = F.pad(torch.cat([each.logprob for each in shown]), rest).view_as(batch.tokens)
+            entropies = [each.entropy for each in shown if each.entropy is not None]
+            entropy = F.pad(torch.cat(entropies), rest).view_as(batch.tokens) if entropies else None
+            known = replace(batch, loss_mask=batch.loss_mask & (positions < tokens.stop))
+            return self.objective.guess(TokenStats(logprob, entropy), known, progress).flatten()[tokens]
 
         return weight
 

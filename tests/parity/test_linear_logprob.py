@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megarpt.ops import _ext, head_tiles, reference
-from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule, VocabShard, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientGuess, VocabShard, linear_logprob, linear_top1
 from megarpt.testing.distributed import spawn
 from megarpt.testing.oracle import assert_within_twice
 
@@ -81,8 +81,10 @@ def test_error_is_at_most_twice_plain_torchs(dtype, entropy, tile, mode, shape, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tile", [None, (24, 6)], ids=["whole", "tiles"])
 @pytest.mark.parametrize("mode", KNOWN.values(), ids=KNOWN)
+@pytest.mark.parametrize("is_guess", [False, True], ids=["known", "guess"])
 @pytest.mark.parametrize("shape", [(1, 8, 7), (13, 32, 101), (CHUNK + 1, 48, 2), (61, 24, 2051)])
-def test_error_with_a_known_gradient_is_at_most_twice_plain_torchs(dtype, tile, mode, shape, monkeypatch) -> None:
+def test_error_with_a_known_gradient_is_at_most_twice_plain_torchs(dtype, tile, mode, is_guess, shape, monkeypatch) -> None:
+    """Also where it is guessed, a third of the tokens wrong."""
     monkeypatch.setitem(LEAST_GROUP, ("cpu", dtype.itemsize < 4), 1)
     if tile is not None:
         monkeypatch.setitem(head_tiles.TILE_COLUMNS, "cpu", tile[0])
@@ -90,8 +92,12 @@ def test_error_with_a_known_gradient_is_at_most_twice_plain_torchs(dtype, tile, 
     for scale, temperature in ((1.0, 1.0), (20.0, 0.7)):
         exact = draw(*shape, scale=scale)
         hidden, weight = (x.to(dtype) for x in exact[:2])
-        labels, upstream = exact[2], exact[3].float()
-        options = {"temperature": temperature, "known_gradient": upstream[0]} | mode
+        labels, upstream = exact[2], exact[3].float().clone()
+        upstream[0, 1::2] = 0.0
+        wrong = torch.arange(labels.numel()) % 3 == 0
+        guessed = torch.where(wrong, torch.where(upstream[0] == 0.0, exact[3][0].float(), 0.0), upstream[0])
+        guess = GradientGuess(lambda tokens, stats, guessed=guessed: guessed[tokens])
+        options = {"temperature": temperature, "known_gradient": guess if is_guess else upstream[0]} | mode
 
         def plain(x: Tensor, w: Tensor, y: Tensor, temperature: float = temperature):
             return reference.linear_logprob(x, w, y, temperature)
@@ -169,13 +175,15 @@ def check_rank(compiled: bool) -> None:
     head_tiles.TILE_COLUMNS["cpu"], head_tiles.TILE_BYTES["cpu"] = 7, 7 * 8 * 4
     LEAST_GROUP["cpu", False] = 1
     cases = itertools.product(
-        (29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}, "known", "rule"), (1.0, 0.6)
+        (29, 32, 5), (False, True), ({}, {"chunk_tokens": 4}, {"keep_bytes": 800}, "known", "guess"), (1.0, 0.6)
     )
     for v, entropy, mode, temperature in cases:
         hidden, weight, labels, upstream = draw(13, 8, v, seed=v)
         if isinstance(mode, str):
-            of_tokens = GradientRule(lambda tokens, stats, upstream=upstream[0]: upstream[tokens], unit=2)
-            known = {"known": upstream[0], "rule": of_tokens}[mode]
+            wrong = torch.arange(13) % 3 == 0
+            guessed = torch.where(wrong, upstream[0] - 1.0, upstream[0])
+            of_tokens = GradientGuess(lambda tokens, stats, guessed=guessed: guessed[tokens], unit=2)
+            known = {"known": upstream[0], "guess": of_tokens}[mode]
             mode, entropy = {"keep_bytes": 5 * 16 * 8, "known_gradient": known}, False  # five tokens of a rank's part
         labels[3] = -100
         rows = 16

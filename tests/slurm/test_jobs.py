@@ -18,7 +18,9 @@ import pytest
 
 from megarpt.config.load import dump_resolved
 from megarpt.corpus.indexed import bin_path, idx_path
+from megarpt.device.runtime import Runtime
 from megarpt.testing.configs import TWO_LAYERS, tiny_config
+from megarpt.testing.policy import policy_config, write_policy, write_questions
 from megarpt.testing.slurm import Cluster, missing
 from megarpt.testing.tiny import text_documents, write_text_corpus
 from megarpt.train.metrics_file import read_metrics
@@ -57,11 +59,19 @@ class World:
         """Submit; the number of the job."""
         return self.cluster.run("sbatch", "--parsable", *arguments, cwd=self.folder, env=self.environment | environment)
 
-    def pretrain(self, name: str, *options: str, overrides: tuple[str, ...] = (), nodes: int = 2, **environment: str) -> str:
+    def train(
+        self,
+        name: str,
+        *options: str,
+        config: str = "config.yaml",
+        overrides: tuple[str, ...] = (),
+        nodes: int = 2,
+        **environment: str,
+    ) -> str:
         """Submit the shipped script, for a run in runs/<name>."""
         header = [*ON_CPUS, f"--nodes={nodes}", f"--job-name={name}", *(options or (CALM,))]
         script = str(ROOT / "slurm/train.sbatch")
-        return self.sbatch(*header, script, "config.yaml", f"run.dir=runs/{name}", *overrides, **environment)
+        return self.sbatch(*header, script, config, f"run.dir=runs/{name}", *overrides, **environment)
 
     def wait(self, job: str, what: str, is_reached: Any) -> None:
         """Wait for something in a job, which must not end before."""
@@ -131,9 +141,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def jobs(world: World) -> dict[str, str]:
     """All trainings: the long ones first, and what happens to two of them on their way."""
     jobs = {
-        "orphaned": world.pretrain("orphaned", DOOMED),
-        "signalled": world.pretrain("signalled", CALM, "--time=2", "--signal=B:USR1@100"),
-        "straight": world.pretrain("straight", CALM),
+        "orphaned": world.train("orphaned", DOOMED),
+        "signalled": world.train("signalled", CALM, "--time=2", "--signal=B:USR1@100"),
+        "straight": world.train("straight", CALM),
     }
     latest = world.folder / "runs/orphaned/checkpoints/latest"
     world.wait(jobs["orphaned"], "a checkpoint", latest.exists)
@@ -151,10 +161,10 @@ def jobs(world: World) -> dict[str, str]:
     )
     few = f"train.train_tokens={3 * STEP_TOKENS}"
     return jobs | {
-        "mistyped": world.pretrain("mistyped", overrides=("train.train_tokens=none",)),
-        "mistaken": world.pretrain("mistaken", overrides=("model.mcore.hidden_sise=64",), nodes=1),
-        "crashing": world.pretrain("crashing", nodes=1, MEGARPT_PYTHON=killer, MEGARPT_MAX_FAILURES="2"),
-        "unfit": world.pretrain("unfit", overrides=(few,), MEGARPT_PYTHON=aged, MEGARPT_PREFLIGHT="full"),
+        "mistyped": world.train("mistyped", overrides=("train.train_tokens=none",)),
+        "mistaken": world.train("mistaken", overrides=("model.mcore.hidden_sise=64",), nodes=1),
+        "crashing": world.train("crashing", nodes=1, MEGARPT_PYTHON=killer, MEGARPT_MAX_FAILURES="2"),
+        "unfit": world.train("unfit", overrides=(few,), MEGARPT_PYTHON=aged, MEGARPT_PREFLIGHT="full"),
     }
 
 
@@ -293,6 +303,23 @@ def test_a_run_survives_the_death_of_the_node_that_leads_it(world: World, jobs: 
     assert (record["status"], [each["status"] for each in record["attempts"]]) == ("finished", ["running"])
     world.end(jobs["straight"])
     assert world.lines("orphaned") == world.lines("straight")
+
+
+def test_reinforcement_is_requeued_and_goes_on(world: World, jobs: dict[str, str], cpu_runtime: Runtime) -> None:
+    """The same script, whatever the command: a signal between two steps of `megarpt rl`, on two nodes."""
+    policy = write_policy(world.folder / "policy", cpu_runtime)
+    questions = write_questions(world.folder / "questions.jsonl")
+    cfg = policy_config(Path("runs/rl"), policy, questions, **{"run.device": "cpu", "train.train_steps": 40})
+    (world.folder / "rl.yaml").write_text(dump_resolved(cfg))
+    straight, signalled = (world.train(name, CALM, config="rl.yaml") for name in ("rl", "rl_signalled"))
+    metrics = world.folder / "runs/rl_signalled/metrics.jsonl"
+    world.wait(signalled, "some steps", lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4)
+    world.cluster.run("scancel", "--batch", "--signal=USR1", signalled)
+    for job, restarts in ((straight, "0"), (signalled, "1")):
+        end = world.end(job)
+        assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("COMPLETED", "0:0", restarts), world.log(job)
+    assert world.record("rl_signalled")["step"] == world.record("rl")["step"] == 40
+    assert world.lines("rl_signalled") == world.lines("rl")
 
 
 def test_a_corpus_is_scored_on_two_nodes(world: World, jobs: dict[str, str]) -> None:

@@ -51,6 +51,39 @@ def test_the_import_goes_behind_docstring_and_future() -> None:
     assert tree.body[3].lineno == 3  # tracebacks still point at the library's own lines
 
 
+def test_rewritten_code_is_kept_until_the_source_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file, made = tmp_path / "m.py", []
+    monkeypatch.setattr(mcore_cpu, "rewrite", lambda *x, rewrite=mcore_cpu.rewrite: (made.append(x), rewrite(*x))[1])
+
+    def run() -> bool:
+        """Whether the code runs that the source says."""
+        namespace: dict[str, object] = {"torch": None}
+        exec(mcore_cpu._Loader("m", str(file)).get_code("m"), namespace)
+        return namespace["available"] is False
+
+    for source in ("available = torch.cuda.is_available()", "available = bool(torch.cuda.device_count())"):
+        file.write_text(source)
+        made.clear()
+        assert run() and run() and len(made) == 1
+    newest = max((tmp_path / "__pycache__").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:20])  # as by a full disk
+    assert run() and run() and len(made) == 2
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    newest.unlink()
+    assert run() and not newest.exists()
+
+
+def test_commands_start_without_torchs_compiler() -> None:
+    """Its import takes longer than all the rest."""
+    modules = ", ".join(f"megarpt.run.{name}" for name in ("pretrain", "rl", "evaluate", "generate", "score"))
+    done = run_python(
+        f"from megarpt.device import runtime\nruntime.start('cpu')\nimport sys, {modules}\n"
+        "assert 'megatron.core.models.gpt' in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_missing_name_is_an_error_at_its_use() -> None:
     with pytest.raises(AttributeError, match="get_device_capability"):
         mcore_cpu.CpuCuda.get_device_capability()  # type: ignore[attr-defined]

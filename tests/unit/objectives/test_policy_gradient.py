@@ -466,7 +466,7 @@ def test_what_the_settings_need() -> None:
 
 def test_nothing_is_chosen_beforehand_and_nothing_remembered() -> None:
     objective = ClippedPolicyGradient()
-    assert objective.needs_stats and not objective.spans_micro_batches and not objective.decides_by_sample
+    assert objective.needs_stats and not objective.spans_micro_batches and not objective.guesses
     assert not objective.learns_from_steps and not objective.awaits_a_step and objective.state_dict() == {}
     objective.load_state_dict({})
     with pytest.raises(CheckpointError, match="threshold"):

@@ -9,7 +9,7 @@ from torch import Tensor
 from megarpt.errors import ShapeError
 from megarpt.ops import _ext, head_tiles, reference
 from megarpt.ops.head_tiles import TILE_BYTES, TILE_COLUMNS, TilePlan, plan_tiles, spans
-from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule, group_of_known, linear_logprob, linear_top1
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientGuess, group_of_known, linear_logprob, linear_top1
 from megarpt.structs import TokenStats
 from megarpt.testing.memory import peak_bytes
 
@@ -401,7 +401,7 @@ def assert_same(actual: TokenStats, expected: TokenStats, gradient: Tensor, *of:
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("t", [0, 3, 9, 12])
 @pytest.mark.parametrize("unit", [1, 3])
-def test_a_rule_sees_whole_units_and_gives_the_same(unit: int, t: int, entropy: bool) -> None:
+def test_a_guess_sees_whole_units_and_gives_the_same(unit: int, t: int, entropy: bool) -> None:
     hidden, weight, labels = inputs(t)
     shown: list[slice] = []
 
@@ -410,41 +410,111 @@ def test_a_rule_sees_whole_units_and_gives_the_same(unit: int, t: int, entropy: 
         rows = stats.logprob.view(-1, unit)
         return (rows >= rows.median(dim=1, keepdim=True).values).float().flatten()
 
-    rule = GradientRule(likelier_half, unit)
-    actual = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule, entropy=entropy)
+    guess = GradientGuess(likelier_half, unit)
+    actual = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess, entropy=entropy)
     assert [i for tokens in shown for i in range(tokens.start, tokens.stop)] == list(range(t))
     assert all(tokens.start % unit == tokens.stop % unit == 0 and tokens.stop - tokens.start <= 4 for tokens in shown)
     expected = linear_logprob(hidden, weight, labels, entropy=entropy)
     assert_same(actual, expected, likelier_half(slice(0, t), expected), hidden, weight)
+    assert actual.entropy is None or not actual.entropy.requires_grad
+
+
+def test_a_guess_of_units_that_do_not_fit_is_asked_token_by_token(any_group: None) -> None:
+    hidden, weight, labels = inputs()
+    shown: list[int] = []
+    guess = GradientGuess(lambda tokens, stats: shown.append(tokens.stop - tokens.start) or torch.ones_like(stats.logprob), 5)
+    linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess)
+    assert sum(shown) == T and max(shown) <= 4
 
 
 @pytest.mark.usefixtures("any_group")
-def test_another_gradient_than_the_rules_is_noticed() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("to", ["weight", "main_grad", "neither"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_wrong_guess_is_put_right(share: float, to: str, padding: int, implementation: str) -> None:
+    """Of some tokens, of all, or of none; gradients that were not to be made, that were missing, and other ones."""
     hidden, weight, labels = inputs()
-    rule = GradientRule(lambda tokens, stats: torch.ones_like(stats.logprob), 1)
-    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule).logprob
-    with pytest.raises(RuntimeError, match="not the known_gradient that forward was given"):
-        (out * torch.arange(T)).sum().backward()
+    labels[2] = -1
+    v = V - padding
+    labels.clamp_(max=v - 1)
+    arrives = torch.tensor([0.0, 1.0, -0.5]).repeat(T)[:T]
+    guessed = torch.where(torch.rand(T) < share, torch.tensor([1.0, 0.0, 2.0]).repeat(T)[:T], arrives)
+    of = (hidden,) if to == "neither" else (hidden, weight)
+    w = weight.detach() if to == "neither" else weight
+    buffers = [torch.ones_like(weight) if to == "main_grad" else None for _ in range(2)]
+    guess = GradientGuess(lambda tokens, stats: guessed[tokens])
+    found = []
+    for buffer, more in zip(buffers, ({"known_gradient": guess, "keep_bytes": GROUP_OF_FOUR}, {}), strict=True):
+        out = linear_logprob(hidden, w, labels, vocab_size=v, accumulate_into=buffer, **more)
+        grads = torch.autograd.grad((out.logprob * arrives).sum(), of, allow_unused=True)
+        found.append([out.logprob, *grads] if buffer is None else [out.logprob, grads[0], buffer])
+    torch.testing.assert_close(found[0], found[1])
+    assert not found[0][1][::3].any()  # nothing is left of gradients that were not to be made
 
 
 @pytest.mark.usefixtures("any_group")
-def test_a_rule_must_give_a_number_for_every_token() -> None:
+def test_a_guess_leaves_the_gradient_to_be_taken_twice() -> None:
     hidden, weight, labels = inputs()
-    rule = GradientRule(lambda tokens, stats: torch.ones(1), 1)
+    guess = GradientGuess(lambda tokens, stats: torch.zeros_like(stats.logprob))
+    loss = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess).logprob.sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.usefixtures("any_group")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_wrong_guess_is_put_right_before_the_sum_is_rounded(half: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEAST_GROUP, ("cpu", True), 1)
+    hidden, weight, labels = inputs(dtype=half)
+    arrives = torch.ones(T)
+    guess = GradientGuess(lambda tokens, stats: arrives[tokens] * (torch.arange(tokens.start, tokens.stop) % 2))
+    exact = reference.linear_logprob(hidden.double(), weight.double(), labels)[0]
+    expected = torch.autograd.grad(exact.sum(), weight)[0].double()
+
+    def error(**more: object) -> float:
+        out = linear_logprob(hidden, weight, labels, **more).logprob
+        return (torch.autograd.grad(out.sum(), weight)[0].double() - expected).abs().max().item()
+
+    assert error(keep_bytes=GROUP_OF_FOUR, known_gradient=guess) <= 2.0 * error() + 1e-6
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_right_guess_takes_three_products_and_a_wrong_one_three_more_of_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    product = head_tiles._product_into
+    monkeypatch.setattr(head_tiles, "_product_into", lambda out, *factors: (made.append(out.numel()), product(out, *factors)))
+    hidden, weight, labels = inputs()
+    wrong = torch.zeros(T)
+    wrong[[1, 7]] = 1.0
+    guess = GradientGuess(lambda tokens, stats: 1.0 - wrong[tokens])
+    buffer = torch.zeros_like(weight)
+    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess, accumulate_into=buffer).logprob
+    assert sum(made) == T * V
+    made.clear()
+    out.sum().backward(retain_graph=True)
+    assert sum(made) == 2 * V
+    made.clear()
+    (out * (1.0 - wrong)).sum().backward()
+    assert not made
+
+
+@pytest.mark.usefixtures("any_group")
+def test_nan_that_arrives_in_place_of_a_guess_is_seen() -> None:
+    hidden, weight, labels = inputs()
+    guess = GradientGuess(lambda tokens, stats: torch.ones_like(stats.logprob))
+    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess).logprob
+    factor = torch.ones(T)
+    factor[3] = torch.nan
+    (out * factor).sum().backward()
+    assert hidden.grad.isnan().all(dim=1).tolist() == [row == 3 for row in range(T)]
+
+
+@pytest.mark.usefixtures("any_group")
+def test_a_guess_must_give_a_number_for_every_token() -> None:
+    hidden, weight, labels = inputs()
+    guess = GradientGuess(lambda tokens, stats: torch.ones(1))
     with pytest.raises(ShapeError, match="a number for every one"):
-        linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=rule)
-
-
-@pytest.mark.usefixtures("any_group")
-def test_a_rule_is_left_aside_where_no_unit_fits() -> None:
-    hidden, weight, labels = inputs()
-
-    def unasked(tokens: slice, stats: TokenStats) -> Tensor:
-        raise AssertionError
-
-    out = linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=GradientRule(unasked, 5)).logprob
-    expected = gradients(linear_logprob(hidden, weight, labels).logprob.sum(), weight)[0]
-    torch.testing.assert_close(gradients(out.sum(), weight)[0], expected)
+        linear_logprob(hidden, weight, labels, keep_bytes=GROUP_OF_FOUR, known_gradient=guess)
 
 
 @pytest.mark.usefixtures("any_group")

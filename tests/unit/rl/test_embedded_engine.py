@@ -196,7 +196,9 @@ def test_a_shared_prefix_is_run_once(cpu_runtime: Runtime, one_rank: ProcessGrou
     assert engine.forward_tokens == sum(len(prompt.tokens) for prompt in prompts) + own
 
 
-def test_prompts_of_waiting_completions_give_way_and_come_back(cpu_runtime: Runtime, one_rank: ProcessGroups) -> None:
+def test_prompts_of_waiting_completions_give_way_and_come_back(
+    cpu_runtime: Runtime, one_rank: ProcessGroups, implementation: str
+) -> None:
     network, (first, second, third) = make_network(one_rank), make_prompts(3)
     engine = make_engine(network, one_rank, max_batch=2)
     order = (first, second, third, first, third, second, first)

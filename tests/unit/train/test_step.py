@@ -12,7 +12,7 @@ import torch
 from megarpt.device.runtime import Runtime
 from megarpt.model import forward, token_stats_gpt
 from megarpt.objectives.policy_gradient import ClippedPolicyGradient
-from megarpt.ops.linear_logprob import LEAST_GROUP, GradientRule
+from megarpt.ops.linear_logprob import LEAST_GROUP, GradientGuess
 from megarpt.structs import TokenStats
 from megarpt.testing.batches import random_batch
 from megarpt.testing.tiny_run import VOCAB, B, S, TinyRun, tiny_run
@@ -37,21 +37,21 @@ def random_half(scope: str) -> dict[str, object]:
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
-    """For every call of the head that trains: how many tokens it was told, or found by a rule, to have a gradient; None where
-    it was told nothing."""
+    """For every call of the head that trains: how many tokens it was told, or guessed, to have a gradient; None where it was
+    told nothing."""
     monkeypatch.setitem(LEAST_GROUP, ("cpu", False), 1)
     told: list[float | None] = []
     head = token_stats_gpt.linear_logprob
 
-    def counting(rule: GradientRule, call: int, tokens: slice, stats: TokenStats) -> torch.Tensor:
-        gradient = rule.of(tokens, stats)
+    def counting(guess: GradientGuess, call: int, tokens: slice, stats: TokenStats) -> torch.Tensor:
+        gradient = guess.of(tokens, stats)
         told[call] = (told[call] or 0.0) - gradient.sum().item()
         return gradient
 
-    def spy(*args, known_gradient: torch.Tensor | GradientRule | None, **kwargs):
+    def spy(*args, known_gradient: torch.Tensor | GradientGuess | None, **kwargs):
         if torch.is_grad_enabled():
             told.append(-known_gradient.sum().item() if isinstance(known_gradient, torch.Tensor) else None)
-        if isinstance(known_gradient, GradientRule):
+        if isinstance(known_gradient, GradientGuess):
             known_gradient = replace(known_gradient, of=partial(counting, known_gradient, len(told) - 1))
         return head(*args, known_gradient=known_gradient, **kwargs)
 
@@ -84,14 +84,14 @@ def two_micro_batches(run: TinyRun) -> float:
         (random_half("global_batch"), [], B * S),
         (random_half("global_batch") | {"scorer": "loss"}, [2], B * S),
         (random_half("sequence") | {"scorer": "loss"}, [], B * S),
-        (random_half("microbatch") | {"scorer": "loss"}, [], None),
-        (LAGGED, [], None),
+        (random_half("microbatch") | {"scorer": "loss"}, [], B * S),
+        (LAGGED, [], 2 * round(0.6 * B * S)),
     ],
 )
 def test_the_head_is_told_the_weights_where_they_are_known(
     objective: dict,
     passes: list[int],
-    tokens: float | None,
+    tokens: float,
     given: list[float | None],
     scoring_passes: list[int],
     cpu_runtime: Runtime,
@@ -101,19 +101,20 @@ def test_the_head_is_told_the_weights_where_they_are_known(
     run = tiny_run(tmp_path, cpu_runtime, seed=1, objective=objective)
     two_micro_batches(run)
     assert scoring_passes == passes
-    assert len(given) == 2 and (given == [None, None] if tokens is None else sum(given) == tokens)
+    assert len(given) == 2 and sum(told or 0.0 for told in given) == tokens
 
 
-def test_a_lagged_threshold_is_a_rule_once_it_is_there(given: list[float | None], cpu_runtime: Runtime, tmp_path: Path) -> None:
+def test_a_lagged_threshold_is_the_guess_once_there_is_one(
+    given: list[float | None], cpu_runtime: Runtime, tmp_path: Path
+) -> None:
     run = tiny_run(tmp_path, cpu_runtime, seed=1, objective=LAGGED)
     two_micro_batches(run)
-    assert given == [None, None]
     kept = run.step([random_batch(B, S, VOCAB, seed=seed) for seed in (3, 4)], run.state.progress).num_tokens
     assert 0 < kept == sum(told for told in given[2:] if told is not None)
 
 
 @pytest.mark.parametrize("keep_mib", [0, 1])
-def test_a_rule_is_left_aside_where_no_sample_fits(
+def test_nothing_is_guessed_where_no_logits_are_held(
     keep_mib: int, given: list[float | None], cpu_runtime: Runtime, tmp_path: Path
 ) -> None:
     objective = random_half("sequence") | {"scorer": "loss"}
@@ -143,6 +144,38 @@ def test_gradients_at_once_change_nothing(
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, value in runs[0].weights().items():
         torch.testing.assert_close(runs[1].weights()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 20])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        random_half("global_batch") | {"scorer": "loss"},
+        random_half("microbatch") | {"scorer": "loss"},
+        random_half("sequence") | {"scorer": "loss"},
+        TWO_SETS | {"scope": "global_batch"},
+        TWO_SETS | {"scope": "rank", "combine": "union"},
+        LAGGED,
+    ],
+    ids=["global", "microbatch", "sequence", "two-sets", "one-of-two", "lagged"],
+)
+def test_a_guess_from_the_first_tokens_changes_nothing(
+    objective: dict, tokens: int, given: list[float | None], cpu_runtime: Runtime, tmp_path: Path
+) -> None:
+    """Against a head that waits for the choice: the same metrics, among them the threshold of the step before, and the same
+    weights, although guesses were wrong."""
+    runs = [tiny_run(tmp_path / name, cpu_runtime, seed=1, objective=objective) for name in ("guesses", "waits")]
+    for run, keep_bytes in zip(runs, (tokens * VOCAB * 4, 0), strict=True):
+        forward.unwrap(run.model[0]).head_keep_bytes = keep_bytes
+    ours, expected = (run.train(3) for run in runs)
+    for one, other in zip(ours, expected, strict=True):
+        assert one.num_tokens == other.num_tokens and one.metrics == pytest.approx(other.metrics, rel=1e-5, abs=1e-5)
+    for name, value in runs[1].weights().items():
+        torch.testing.assert_close(runs[0].weights()[name], value, rtol=1e-3, atol=1e-4)
+    guessed = [told for told in given if told is not None]
+    assert len(guessed) == 3
+    is_exact = (objective["scope"] == "sequence" and tokens >= S) or objective is LAGGED
+    assert is_exact or guessed != [report.num_tokens for report in expected]
 
 
 @pytest.mark.parametrize("reduction", ["token", "rollout"])
