@@ -360,7 +360,7 @@ def _accuracies(axes: Any, accuracy: Mapping[str, Mapping[str, Spread]]) -> None
             axes.plot([x] * len(each), each, "o", color="white", markeredgecolor="#1f2937", markersize=3)
     axes.set_xticks(range(len(bands)), bands)
     axes.set_title("next-token accuracy on held-out prompts; dots: seeds", loc="left", fontsize=9)
-    axes.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
+    axes.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
 
 
 def main() -> int:
