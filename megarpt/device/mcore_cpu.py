@@ -205,7 +205,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         # It has a file of its own there, named by all that it is made from.
         path = self.get_filename(fullname)
         source = self.get_data(path)
-        digest = hashlib.sha256(_OWN_SOURCE + source).hexdigest()[:16]
+        digest = hashlib.sha256(b"%d" % sys.flags.optimize + _OWN_SOURCE + source).hexdigest()[:16]
         cache = importlib.util.cache_from_source(path, optimization=f"megarpt{digest}")
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # not there, or not whole
             return marshal.loads(self.get_data(cache))

@@ -435,7 +435,7 @@ def _corrected(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients made for a guess -> those for what arrived: what is missing for the difference is added.
 
-    Neither argument is changed but for `options.main_grad`; grad_weight is wide, and comes back in the weight's dtype.
+    Of what is given only `options.main_grad` is changed; grad_weight is wide, and comes back in the weight's dtype.
     """
     missing = arrived - promised  # NaN where NaN arrived, which is seen in the results
     if bool((missing != 0.0).any()):
@@ -452,9 +452,9 @@ def _corrected(
 
 def _joined(parts: Sequence[_Results], hidden: Tensor, weight: Tensor) -> _Results:
     """The results of neighbouring groups as one, without logits."""
-    columns = {name: [getattr(part, name) for part in parts] for name in _Results._fields}
-    joined = {name: None if values[0] is None else torch.cat(values) for name, values in columns.items() if name != "weight"}
-    return _Results(**joined | {"hidden": hidden, "weight": weight})  # type: ignore[arg-type]
+    of_tokens = {name: [getattr(part, name) for part in parts] for name in _Results._fields if name not in ("hidden", "weight")}
+    joined = {name: None if values[0] is None else torch.cat(values) for name, values in of_tokens.items()}
+    return _Results(hidden, weight, **joined)  # type: ignore[arg-type]
 
 
 def _known_of(known: Tensor | GradientGuess, tokens: slice, results: _Results) -> Tensor:

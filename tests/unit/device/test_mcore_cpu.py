@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,10 @@ def test_rewritten_code_is_kept_until_the_source_changes(tmp_path: Path, monkeyp
     newest = max((tmp_path / "__pycache__").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[:20])  # as by a full disk
     assert run() and run() and len(made) == 2
+    with monkeypatch.context() as patch:
+        optimized = SimpleNamespace(flags=SimpleNamespace(optimize=1), dont_write_bytecode=False)
+        patch.setattr(mcore_cpu, "sys", optimized)  # python -O leaves out assertions
+        assert run() and len(made) == 3
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     newest.unlink()
     assert run() and not newest.exists()
